@@ -1,0 +1,331 @@
+"""The images that a teacher learns from. Every data set is a `Dataset`: images in [-1, 1], (c, h, w), with integer
+labels.
+
+    shapes    ten kinds of shapes, drawn with Pillow: as many as you want, nothing to download. The default
+    points    spirals in the plane, as 1×1 images of two channels, so that a whole trajectory can be drawn on paper
+    folder    your own images: ROOT/<class>/*.png|jpg|jpeg|webp, cropped and resized to the model's size
+
+`load(...)` picks one by name. To look at a data set: `python data.py --data shapes` (or a folder) writes
+runs/data.png.
+"""
+
+import argparse
+import colorsys
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+
+from training import Fault, Progress, command, difference, make_folder, positive, replace_file, save_json, writable
+
+SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "heart", "bar", "bow")
+
+
+class Dataset:
+    """Images in memory: uint8 (N, c, h, w) for pictures, float32 for anything else; labels (N,); `classes`, their
+    names."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], flip: bool = False):
+        self.images, self.labels, self.classes, self.flip = images, labels, list(classes), flip
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.images.shape[1:])
+
+    def batch(self, index) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (b, c, h, w), float32 in [-1, 1], and labels (b,) of the given indices."""
+        images = torch.from_numpy(np.asarray(self.images[index]))
+        if images.dtype == torch.uint8:
+            images = images.float() / 127.5 - 1
+        return images, torch.from_numpy(np.asarray(self.labels[index])).long()
+
+    def draw(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """A random batch, with random horizontal flips where the data set has them on: a function of `rng` alone."""
+        images, labels = self.batch(rng.integers(len(self), size=count))
+        if self.flip:
+            turned = torch.from_numpy(rng.random(count) < 0.5)
+            images = torch.where(turned[:, None, None, None], images.flip(-1), images)
+        return images, labels
+
+
+def stream(seed: int, index: int) -> np.random.Generator:
+    """Random numbers that depend on (seed, index) and nothing else: not on batch size, device or what was drawn
+    before."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+
+
+# ---- shapes ---------------------------------------------------------------------------------------------------------
+
+def outline(name: str) -> list[tuple[float, float]]:
+    """The corners of a shape that fits in the unit circle."""
+    def polygon(radii, start=-math.pi / 2):
+        return [(r * math.cos(start + 2 * math.pi * i / len(radii)), r * math.sin(start + 2 * math.pi * i / len(radii)))
+                for i, r in enumerate(radii)]
+
+    if name == "heart":  # x = 16 sin³u, y = 13 cos u − 5 cos 2u − 2 cos 3u − cos 4u, the classic curve
+        u = np.linspace(0, 2 * math.pi, 60, endpoint=False)
+        x, y = 16 * np.sin(u) ** 3, 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
+        return list(zip(x / 17, -y / 17, strict=True))
+    a = 0.3
+    return {
+        "square": polygon([1] * 4, start=-math.pi / 4),
+        "triangle": polygon([1] * 3),
+        "cross": [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
+                  (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)],
+        "star": polygon([1, 0.4] * 5),
+        "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
+        "bow": [(-1, -0.75), (1, 0.75), (1, -0.75), (-1, 0.75)],
+    }[name]
+
+
+def draw_shape(label: int, rng: np.random.Generator, size: int) -> np.ndarray:
+    """One picture, (3, size, size) uint8: a bright shape on a darker ground, both of random colour, at a random
+    place, size and turn. Drawn four to eight times too large and averaged down, which is anti-aliasing."""
+    scale = 8 if size <= 32 else 4
+    radius = rng.uniform(0.30, 0.42) * size * scale
+    cx, cy = rng.uniform(radius, size * scale - radius, size=2)
+    turn = rng.uniform(-math.pi / 6, math.pi / 6)
+    canvas = Image.new("L", (size * scale, size * scale))
+    pen = ImageDraw.Draw(canvas)
+
+    def disc(x, y, r, fill):
+        x, y, r = cx + radius * x, cy + radius * y, radius * r
+        pen.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+
+    name = SHAPES[label]
+    if name in ("disc", "ring", "crescent"):
+        disc(0, 0, 1, 255)
+        if name == "ring":
+            disc(0, 0, 0.55, 0)
+        if name == "crescent":
+            disc(0.55 * math.cos(turn), 0.55 * math.sin(turn), 0.8, 0)
+    else:
+        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
+        pen.polygon([(cx + cos * x - sin * y, cy + sin * x + cos * y) for x, y in outline(name)], fill=255)
+    cover = np.asarray(canvas.reduce(scale), dtype=np.float32) / 255  # (size, size), 1 inside the shape
+    ink, ground = colour(rng, (0.4, 1.0), (0.75, 1.0)), colour(rng, (0.2, 1.0), (0.05, 0.35))
+    picture = ground[:, None, None] + (ink - ground)[:, None, None] * cover
+    return np.round(255 * picture).astype(np.uint8)
+
+
+def colour(rng, saturation, value) -> np.ndarray:
+    """A random hue with saturation and value in the given ranges, as RGB in [0, 1]."""
+    return np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), rng.uniform(*value)))
+
+
+def shapes(count: int, size: int = 16, seed: int = 0) -> Dataset:
+    """`count` pictures of SHAPES; picture i depends on (seed, i) only."""
+    images, labels = np.empty((count, 3, size, size), np.uint8), np.empty(count, np.int64)
+    for i in Progress(f"drawing {count:,} shapes", range(count), unit="image"):
+        rng = stream(seed, i)
+        labels[i] = rng.integers(len(SHAPES))
+        images[i] = draw_shape(labels[i], rng, size)
+    return Dataset(images, labels, SHAPES)
+
+
+# ---- points ---------------------------------------------------------------------------------------------------------
+
+def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
+    """`count` points on a spiral of `arms` arms, one class an arm; an image is (2, 1, 1): x and y."""
+    rng = stream(seed, 0)
+    labels = rng.integers(arms, size=count)
+    u = np.sqrt(rng.uniform(0.02, 1, size=count))  # along the arm; the root spreads points evenly over its length
+    angle = 2 * math.pi * labels / arms + 1.25 * math.pi * u
+    xy = 0.95 * u[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.015 * rng.standard_normal((count, 2))
+    return Dataset(xy.astype(np.float32)[:, :, None, None], labels, [f"arm {i}" for i in range(arms)])
+
+
+# ---- a folder of images ---------------------------------------------------------------------------------------------
+
+def read_image(path: Path, size: int, channels: int) -> np.ndarray:
+    """Centre-crop to a square, resize to `size`, RGB or grey: (channels, size, size) uint8. Raises Fault if
+    unreadable."""
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB" if channels == 3 else "L")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Fault(f"cannot read the image {path} ({str(error).splitlines()[0]}): repair it or remove it") from None
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def folder(root: str | Path, size: int, channels: int = 3, flip: bool = True, split: str = "train") -> Dataset:
+    """The images of ROOT/<class>/, labels in the order of the sorted class names. Every tenth image of a class is
+    kept from training: split="test" gives those. Raises Fault when there is no such folder, no class or no image in
+    it."""
+    root = Path(root)
+    if not root.is_dir():
+        raise Fault(f"no such folder of images: {root}")
+    classes = sorted(d.name for d in root.iterdir() if d.is_dir())
+    endings = {".png", ".jpg", ".jpeg", ".webp"}
+    files = {name: sorted(f for f in (root / name).iterdir() if f.suffix.lower() in endings) for name in classes}
+    classes = [name for name in classes if files[name]]
+    if not classes:
+        raise Fault(f"no images in {root}: expected {root}/<class>/*.png (or jpg, jpeg, webp)")
+    chosen = [(path, label) for label, name in enumerate(classes) for i, path in enumerate(files[name])
+              if (i % 10 == 9) == (split == "test")]
+    if not chosen:
+        raise Fault(f"{root} is too small: every tenth image of a class is kept for testing, and no class has ten")
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(partial(read_image, size=size, channels=channels), [path for path, _ in chosen])
+        images = np.stack(list(Progress(f"reading {len(chosen):,} images", read, len(chosen), unit="image")))
+    return Dataset(images, np.array([label for _, label in chosen]), classes, flip=flip and split == "train")
+
+
+def load(name: str, size: int, channels: int = 3, flip: bool = False, split: str = "train",
+         count: int | None = None) -> Dataset:
+    """The data set called "shapes" or "points", or else the folder of images `name`. `split`: "train" or "test",
+    disjoint. `count`: how many to make; a folder has as many as it has."""
+    count = count or (50_000 if split == "train" else 5_000)
+    seed = 0 if split == "train" else 1
+    if name == "shapes":
+        return shapes(count, size, seed)
+    if name == "points":
+        return points(count, seed)
+    return folder(name, size, channels, flip, split)
+
+
+# ---- trajectories on disk -------------------------------------------------------------------------------------------
+# A folder: meta.json says what they are; 00000.npy, 00001.npy, … are shards of SHARD trajectories each, arrays of
+# records (label, states, clean) in float16, memory-mapped when read. A shard is written whole or not at all.
+
+SHARD = 256
+
+
+def record(meta: dict) -> np.dtype:
+    """One trajectory: the states x_T, …, and the clean-image predictions x̂_0 at the marks."""
+    marks, shape = len(meta["marks"]), tuple(meta["shape"])
+    return np.dtype([("label", "<i4"), ("states", "<f2", (marks + 1, *shape)), ("clean", "<f2", (marks, *shape))])
+
+
+def read_meta(folder: Path) -> dict | None:
+    """The meta.json of a folder of trajectories; None where there is none. Raises Fault if it is damaged."""
+    try:
+        return json.loads((Path(folder) / "meta.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        raise Fault(f"{folder}/meta.json is damaged: remove the folder and write the trajectories again") from None
+
+
+def shards(folder: Path, meta: dict) -> dict[int, Path]:
+    """The shards of a folder by number. One that was cut short or has grown does not count."""
+    bytes_of_data = SHARD * record(meta).itemsize
+    whole = [f for f in sorted(Path(folder).glob("[0-9]*.npy")) if 0 < f.stat().st_size - bytes_of_data < 1024]
+    return {int(f.stem): f for f in whole}
+
+
+def start_trajectories(folder: Path, meta: dict, count: int) -> list[int]:
+    """Make the folder, or check that it holds trajectories of this `meta`; return the numbers of the shards still to
+    be written for `count` trajectories. Raises Fault when the folder holds something else."""
+    folder = make_folder(folder)
+    there = read_meta(folder)
+    if there is None:
+        if any(folder.iterdir()):
+            raise Fault(f"{folder} holds other files: choose another folder for the trajectories")
+        save_json(folder / "meta.json", meta)
+    elif there != meta:
+        raise Fault(f"{folder} holds other trajectories: {difference(there, meta)}. "
+                    "Choose another folder, or remove that one")
+    done = shards(folder, meta)
+    return [i for i in range(math.ceil(count / SHARD)) if i not in done]
+
+
+def write_shard(folder: Path, meta: dict, number: int, labels, states, clean):
+    """labels (SHARD,), states (SHARD, m + 1, c, h, w), clean (SHARD, m, c, h, w)."""
+    rows = np.empty(SHARD, record(meta))
+    rows["label"], rows["states"], rows["clean"] = labels.cpu(), states.half().cpu(), clean.half().cpu()
+    replace_file(Path(folder) / f"{number:05d}.npy", lambda file: np.save(file, rows))
+
+
+def choose_marks(kept: int, S: int) -> np.ndarray:
+    """Which of the `kept` marks, counted from 1, a student of S steps uses: every (kept / S)-th. Raises Fault if S
+    does not divide them."""
+    if kept % S:
+        possible = ", ".join(str(s) for s in range(1, kept + 1) if kept % s == 0)
+        raise Fault(f"the trajectories keep {kept} states, which do not make {S} steps: choose --steps from {possible}")
+    return np.arange(kept // S, kept + 1, kept // S)
+
+
+class Trajectories:
+    """A folder of trajectories, read for a student of S steps. `kind` "states": x_T, then the states x_τ themselves;
+    "clean": x_T, then the clean-image predictions x̂_0. `times` (S + 1,) are the path times of x_T and of the S
+    marks; `count` limits how many are used. Raises Fault for a folder that is missing, empty, of another teacher, or
+    without the marks of S steps."""
+
+    def __init__(self, folder: Path, teacher: str, S: int, kind: str = "states", count: int | None = None):
+        meta = read_meta(folder)
+        if meta is None:
+            raise Fault(f"no trajectories in {folder}: write them with `python teacher.py trajectories`")
+        if meta["teacher"] != teacher:
+            raise Fault(f"{folder} holds trajectories of another teacher ({meta['teacher']}, not {teacher}): "
+                        "choose another --trajectories folder, or remove that one")
+        self.meta, self.kind = meta, kind
+        self.marks = choose_marks(len(meta["marks"]), S)
+        self.times = [meta["times"][i] for i in (0, *self.marks)]
+        self.files = [np.load(f, mmap_mode="r") for f in shards(folder, meta).values()]
+        if not self.files:
+            raise Fault(f"no whole shard in {folder}: write the trajectories again")
+        self.count = min(count or len(self.files) * SHARD, len(self.files) * SHARD)
+
+    def __len__(self):
+        return self.count
+
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences (b, S + 1, c, h, w), x_T first and the endpoint last, and labels (b,)."""
+        rows = [self.files[i // SHARD][i % SHARD] for i in indices]
+        if self.kind == "states":
+            x = np.stack([row["states"][[0, *self.marks]] for row in rows])
+        else:
+            x = np.stack([np.concatenate([row["states"][:1], row["clean"][self.marks - 1]]) for row in rows])
+        return torch.from_numpy(x.astype(np.float32)), torch.tensor([int(row["label"]) for row in rows])
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Images (…, c, h, w) in [-1, 1] -> uint8 (…, h, w, c), clipped."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return rearrange(pixels, "... c h w -> ... h w c").cpu().numpy()
+
+
+def grid(images: torch.Tensor, columns: int, side: int = 64, gap: int = 4) -> Image.Image:
+    """One picture of many, row by row, each enlarged to about `side` pixels without smoothing."""
+    zoom = max(1, round(side / images.shape[-1]))
+    tiles = [Image.fromarray(tile.squeeze()) for tile in to_uint8(images)]
+    tiles = [tile.resize((tile.width * zoom, tile.height * zoom), Image.Resampling.NEAREST) for tile in tiles]
+    cell = tiles[0].width + gap
+    sheet = Image.new("RGB", (columns * cell + gap, math.ceil(len(tiles) / columns) * cell + gap), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (gap + i % columns * cell, gap + i // columns * cell))
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Look at a data set: writes a sheet of 100 images to runs/data.png.")
+    add = parser.add_argument
+    add("--data", default="shapes", help="shapes, or a folder of images ROOT/<class>/*.png (default: shapes)")
+    add("--image-size", type=positive, default=16, help="pixels of an image's side (default: 16)")
+    add("--out", type=Path, default="runs/data.png", help="the picture to write (default: runs/data.png)")
+    args = parser.parse_args()
+    if args.data == "points":
+        raise Fault("points are not pictures: `python distill.py --preset points` draws them in the plane")
+    images, labels = load(args.data, args.image_size, count=100).draw(100, stream(0, 0))
+    out = writable(args.out)
+    grid(images[labels.argsort()], columns=10).save(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,177 @@
+"""AutoRegressive Distillation: the student, its loss and its training (Kim et al., CVPR 2025, arXiv 2504.11295).
+
+The teacher's ODE goes from noise x_T to an image in many small steps. The student makes S big ones. *Step
+distillation* teaches it the teacher's next state from the teacher's last; but when it samples, it is fed its own last
+state, which is a little wrong, and the errors pile up (exposure bias). ARD lets the student read the whole history of
+the trajectory,
+
+    x̂_{τ_{s-1}} = G_θ(x_{τ_S}, …, x_{τ_s}, s, y)                                              (paper, Sec. 3.2)
+
+in which x_{τ_S} = x_T, the noise, is never wrong. Training is teacher-forced, like a language model's: one pass over
+the teacher's states [x_{τ_S} | … | x_{τ_1}] under a block-wise causal mask predicts all S next states at once. The
+student is the teacher's network, started from its weights (model.py); with history_layers = 0 it *is* step
+distillation.
+
+    python distill.py                                     16×16 shapes with the shipped teacher: minutes on a CPU
+    python distill.py --history-layers 0 --out runs/n0    the same without history: the baseline
+    python distill.py --preset points                     points in the plane (first: python teacher.py --preset points)
+
+A run leaves student.pt, samples.png and result.json in its folder. Started again, it continues; when done, it
+evaluates.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import data
+from model import HISTORIES, DiT
+from sample import compare, figure, table
+from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
+from teacher import PRESETS as TEACHERS
+from training import (
+    Fault,
+    autocast,
+    command,
+    export,
+    fingerprint,
+    load_weights,
+    make_folder,
+    pick_device,
+    positive,
+    save_json,
+    train,
+)
+
+# What each preset's student is: S steps, its history, what it learns from and puts out, and its training.
+PRESETS = {
+    "points": dict(steps=4, history="causal", history_layers=6, trajectory="clean", output="state",
+                   iterations=3000, batch=512, lr=1e-3, decay=0.995),
+    "shapes": dict(steps=4, history="causal", history_layers=2, trajectory="states", output="direction",
+                   iterations=700, batch=64, lr=1e-3, decay=0.99),
+    "shapes64": dict(steps=4, history="causal", history_layers=3, trajectory="states", output="direction",
+                     iterations=5000, batch=64, lr=3e-4, decay=0.999),
+    "cifar10": dict(steps=4, history="causal", history_layers=3, trajectory="states", output="direction",
+                    iterations=20000, batch=64, lr=2e-4, decay=0.999),
+}
+
+
+def ard_loss(model, about: dict, x, y):
+    """The mean over the S steps of || x̂_{τ_{s-1}} − x_{τ_{s-1}} ||², teacher-forced.
+
+    x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first; y: (b,). The model reads the first S states and
+    is asked for the last S: the same sequence, one step ahead."""
+    times, told = (torch.tensor(about[key], device=x.device) for key in ("times", "told"))
+    history, target = x[:, :-1], x[:, 1:]  # (b, S, c, h, w)
+    output = model(history, told, y).float()
+    prediction = advance(about, output, history, times[:-1], times[1:])
+    return (prediction - target).square().mean()
+
+
+def make_student(teacher, about: dict, *, history: str, history_layers: int, step_heads: int = 1):
+    """A student that starts from the teacher: same architecture, same weights, and eyes for the past in the lowest
+    layers. Returns (model, its configuration). With `step_heads` > 1 every step starts with a copy of the teacher's
+    output layer. Raises Fault if the teacher has fewer layers."""
+    config = about["model"] | dict(history=history, history_layers=history_layers, step_heads=step_heads)
+    try:
+        student = DiT(**config)
+    except ValueError as error:
+        raise Fault(str(error)) from None
+    weights = teacher.state_dict()
+    heads = {name.replace("final_layer.", f"{head}."): value for head in student.head_names[1:]
+             for name, value in weights.items() if name.startswith("final_layer.")}
+    load_weights(student, weights | heads, "the teacher")
+    return student, config
+
+
+def distill(teacher, about: dict, trajectories: data.Trajectories, preset: dict, out: Path, device, bf16=False,
+            checkpointing=False, seed=0):
+    """Train a student into the file `out`; returns (model, about, losses). Continues what is there."""
+    S = preset["steps"]
+    heads = S if preset["step_heads"] else 1
+    student, config = make_student(teacher, about, history=preset["history"], history_layers=preset["history_layers"],
+                                   step_heads=heads)
+    student.to(device).checkpointing = checkpointing
+    path, times = PATHS[about["path"]](), trajectories.times
+    told = preset["told"] or [float(path.told(t)) for t in times[:-1]]
+    if len(told) != S:
+        raise Fault(f"--told has {len(told)} times, and the student takes {S} steps: give one for each")
+    if (preset["output"], preset["trajectory"]) == ("direction", "clean"):
+        raise Fault("a direction leads from one state to the next, and clean predictions are no states: "
+                    "use --output state, or --trajectory states")
+    fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
+    about = about | dict(kind="student", model=config, S=S, times=times, told=told, output=preset["output"],
+                         trajectory=preset["trajectory"], guidance=trajectories.meta["guidance"],
+                         steps=trajectories.meta["steps"], teacher=trajectories.meta["teacher"],
+                         training=dict(**fit, seed=seed, count=len(trajectories), noise=trajectories.meta["seed"]))
+
+    def loss(model, step):
+        x, y = trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
+        with autocast(device, bf16):
+            return ard_loss(model, about, x.to(device), y.to(device))
+
+    print(f"distilling into {S} steps: {config['history']} history in {config['history_layers']} of {config['depth']} "
+          f"layers, {fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
+    student, losses = train("student", student, loss, out, about, **fit, warmup=fit["iterations"] // 20)
+    return student, about, losses
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="shapes", help="sets everything; flags override it (default: shapes)")
+    add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
+    add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
+    add("--trajectories", type=Path, help="folder, written if need be (default: runs/PRESET/trajectories)")
+    add("--count", type=positive, help="trajectories to train on")
+    add("--steps", type=positive, help="the student's steps S: 1, 2, 4 or 8")
+    add("--history", choices=HISTORIES, help="which earlier states a state may read")
+    add("--history-layers", type=int, help="in how many of the lowest layers; 0 is step distillation")
+    add("--trajectory", choices=("states", "clean"), help="learn the states themselves, or the clean predictions")
+    add("--output", choices=("direction", "state"), help="put out what the Euler step needs, or the next state itself")
+    add("--step-heads", action="store_true", help="an output layer for each step instead of one for all")
+    add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
+    add("--iterations", type=positive, help="training steps")
+    add("--batch", type=positive, help="trajectories a training step")
+    add("--lr", type=float, help="highest learning rate")
+    add("--seed", type=int, default=0, help="of the batches (default: 0)")
+    add("--bf16", action="store_true", help="matrix products in bfloat16")
+    add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add("--export", type=Path, help="also write the trained student, in float16 and for use only, to this file")
+    args = parser.parse_args()
+
+    given = {key: value for key, value in vars(args).items() if value is not None}
+    preset = PRESETS[args.preset] | dict(told=None) | given
+    device, runs = pick_device(args.device), Path("runs") / args.preset
+    out = make_folder(args.out or runs)
+    data.choose_marks(MARKS, preset["steps"])  # a wrong number of steps is better told before the work than after
+    began = time.time()
+    teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
+    folder = args.trajectories or runs / "trajectories"
+    there = data.read_meta(folder) or {}  # trajectories that are there keep their own guidance, steps and seed
+    recipe = teacher_about | {key: there[key] for key in ("guidance", "steps") if key in there}
+    count = args.count or TEACHERS[args.preset]["count"]
+    write_trajectories(teacher, recipe, folder, count, device, args.bf16, there.get("seed", 0))
+    trajectories = data.Trajectories(folder, fingerprint(teacher.state_dict()), preset["steps"], preset["trajectory"],
+                                     count)
+    student, about, losses = distill(teacher, teacher_about, trajectories, preset, out / "student.pt", device,
+                                     args.bf16, args.checkpointing, args.seed)
+    if args.export:
+        export(args.export, about, student.state_dict())
+        print(f"wrote {args.export}")
+
+    rows, states, y = compare(teacher, teacher_about, student, about, device, args.bf16)
+    print("", table(rows, {"calls": "d", "error": ".5f", "ms": ".2f"}), "", sep="\n")
+    save_json(out / "result.json", dict(about=about, rows=rows, losses=losses, seconds=round(time.time() - began)))
+    shown = 100 if about["model"]["image_size"] == 1 else 16
+    figure({name: s[:shown] for name, s in states.items()}, out / "samples.png", y[:shown])
+    print(f"wrote {out}/student.pt, samples.png and result.json in {time.time() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,244 @@
+"""Sampling: images from a student in a few steps, or from a teacher in many.
+
+The student's loop is the whole point of ARD (paper, Sec. 3): each step reads the noise x_T and *everything it has
+produced since*, not the last state only. Keys and values of the earlier states are cached, so step s costs one state,
+not s.
+
+    python sample.py                                      four-step images from the shipped student, into runs/samples/
+    python sample.py assets/shapes-teacher.pt             the same noises through the teacher's 24 steps
+    python sample.py --labels star heart --trajectory     stars and hearts, and how they came to be
+    python sample.py --count 50000 --npz                  samples.npz, as ADM's evaluator reads it
+"""
+
+import argparse
+import math
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+import data
+from model import KVCache
+from teacher import ASSETS, PATHS, advance, load_network, noise_and_labels, over, solve
+from training import (
+    Fault,
+    Progress,
+    autocast,
+    command,
+    make_folder,
+    pick_device,
+    positive,
+    replace_file,
+    synchronise,
+    writable,
+)
+
+
+@torch.no_grad()
+def few_step(model, about: dict, x_T, y, shuffle: bool = False):
+    """A student's trajectory, (b, S + 1, c, h, w): x_T first, its image last. x_T: (b, c, h, w); y: (b,).
+
+    `shuffle` is a control: every step reads its own state, but the *history of another sample* of the batch. A
+    student that makes use of its history must get worse. (It runs without the cache, on all the states so far.)"""
+    times = torch.tensor(about["times"], device=x_T.device)  # (S + 1,)
+    told = torch.tensor(about["told"], device=x_T.device)  # (S,): the times as the network hears them
+    states, cache = [x_T], KVCache(about["S"])
+    for s in range(about["S"]):
+        x = states[-1]
+        if shuffle:
+            others = [state.roll(1, dims=0) for state in states[:-1]]
+            output = model(torch.stack([*others, x], 1), told[: s + 1], y)[:, -1]
+        else:
+            output = model(x[:, None], told[s : s + 1], y, cache)[:, 0]
+        states.append(advance(about, output.float(), x, times[s], times[s + 1]))
+    return torch.stack(states, 1)
+
+
+def sample(model, about: dict, x_T, y, steps: int | None = None):
+    """The trajectory of a student, or of a teacher in `steps` Euler steps (default: its own number): (b, s + 1,
+    …)."""
+    return few_step(model, about, x_T, y) if about["kind"] == "student" else solve(model, about, x_T, y, steps)[1]
+
+
+def seen(about: dict, states, times):
+    """What the states of a trajectory (b, s + 1, c, h, w) promise: the clean images x̂_0 (b, s, c, h, w) that each
+    Euler step aimed at, from x = α·x̂_0 + σ·ε̂ before and after the step. Shows coarse become fine, which noisy
+    states hide."""
+    path, t, t_next = PATHS[about["path"]](), times[:-1], times[1:]
+    a, s, a_next, s_next = (over(f(t_), states) for t_ in (t, t_next) for f in (path.alpha, path.sigma))
+    return (s * states[:, 1:] - s_next * states[:, :-1]) / (s * a_next - s_next * a)
+
+
+# ---- four ways from the same noise ----------------------------------------------------------------------------------
+
+HELD_OUT = 2**32  # the seed of the noises on which students are judged; none is trained on it
+
+
+def methods(teacher, teacher_about: dict, student, about: dict) -> dict:
+    """{name: (network calls, (x_T, y) -> states)}: the teacher at its full steps, the teacher at the student's S
+    steps, the student and, where it has a history, the control: the student whose history is shuffled across the
+    batch."""
+    S, full, twice = about["S"], about["steps"], 1 if about["guidance"] == 1 else 2  # guidance takes two calls a step
+    same = teacher_about | dict(guidance=about["guidance"])  # as in the student's trajectories
+    ways = {
+        f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, same, x_T, y, full)[1]),
+        f"teacher, {S} steps": (S * twice, lambda x_T, y: solve(teacher, same, x_T, y, S)[1]),
+        f"student, {S} steps": (S, lambda x_T, y: few_step(student, about, x_T, y)),
+    }
+    if about["model"]["history_layers"] and about["model"]["history"] != "none" and S > 1:
+        ways["its history shuffled"] = (S, lambda x_T, y: few_step(student, about, x_T, y, shuffle=True))
+    return ways
+
+
+def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=False, count=256, repeats=3):
+    """Run the `methods` from the same held-out noises and labels. Returns (rows, states, y): rows {name: {"calls",
+    "error", "ms"}}, the mean squared error to the teacher's full-step image and the milliseconds an image, the median
+    of interleaved repeats; states {name: (b, s + 1, c, h, w)}; labels (b,)."""
+    x_T, y = noise_and_labels(about, HELD_OUT, range(count))
+    x_T, y = x_T.to(device), y.to(device)
+    ways = methods(teacher, teacher_about, student, about)
+    states, seconds = {}, {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, (_, run) in ways.items():
+            synchronise(device)
+            began = time.perf_counter()
+            with autocast(device, bf16):
+                states[name] = run(x_T, y)
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - began)
+    target = next(iter(states.values()))[:, -1]
+    rows = {name: dict(calls=calls, error=(states[name][:, -1] - target).square().mean().item(),
+                       ms=1000 * statistics.median(seconds[name]) / count) for name, (calls, _) in ways.items()}
+    return rows, states, y
+
+
+def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
+    """Rows {name: {column: value}} as text; `columns` gives each column's format. A value that is not there is left
+    blank."""
+    width = max(map(len, rows)) + 2
+    cell = {key: max(len(key), 9) + 2 for key in columns}
+    lines = [" " * width + "".join(f"{key:>{cell[key]}}" for key in columns)]
+    for name, row in rows.items():
+        cells = [format(row[key], form) if row.get(key) is not None else "" for key, form in columns.items()]
+        lines.append(f"{name:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, cell.values(), strict=True)))
+    return "\n".join(lines)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+def figure(rows: dict[str, torch.Tensor], out: Path, y):
+    """Draw trajectories {name: (b, s + 1, c, h, w)}, all from the same noises and labels y (b,): a row of final
+    images for each name, or, for points, a panel with every path in the plane."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = next(iter(rows.values()))
+    if first.shape[-1] == 1:
+        page, axes = plt.subplots(1, len(rows), figsize=(3.6 * len(rows), 3.9), sharex=True, sharey=True, squeeze=False)
+        real, real_y = data.load("points", 1, count=1500).batch(slice(None))
+        for axis, (name, states) in zip(axes[0], rows.items(), strict=True):
+            axis.scatter(*real[:, :, 0, 0].T, s=2, color="0.85", zorder=0)
+            for path, label in zip(rearrange(states.cpu(), "b s xy 1 1 -> b s xy"), y.tolist(), strict=True):
+                axis.plot(*path.T, "-", color=f"C{label}", linewidth=0.6, alpha=0.7, marker=".", markersize=1.5)
+                axis.plot(*path[-1], "o", color=f"C{label}", markersize=3)
+            axis.set_title(name, fontsize=10)
+            axis.set_aspect("equal")
+            axis.set_xticks([])
+            axis.set_yticks([])
+    else:
+        page, axes = plt.subplots(len(rows), 1, figsize=(10, 10.4 / len(first) * len(rows)), squeeze=False)
+        for axis, (name, states) in zip(axes[:, 0], rows.items(), strict=True):
+            axis.imshow(data.grid(states[:, -1], columns=len(states)))
+            axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+    page.tight_layout()
+    page.savefig(writable(out), dpi=130)
+    plt.close(page)
+
+
+# ---- the program ----------------------------------------------------------------------------------------------------
+
+def parse_labels(words: list[str], classes: list[str]) -> list[int]:
+    """Class names or numbers to numbers. Raises Fault for what is neither."""
+    labels = []
+    for word in words:
+        label = classes.index(word) if word in classes else int(word) if word.isdigit() else -1
+        if not 0 <= label < len(classes):
+            names = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+            raise Fault(f"no class {word!r}: give numbers from 0 to {len(classes) - 1}, or names ({names})")
+        labels.append(label)
+    return labels
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("checkpoint", type=Path, nargs="?", default=ASSETS / "shapes-student.pt", help="student or teacher (.pt)")
+    add("--count", type=positive, default=64, help="images (default: 64)")
+    add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn (default: random)")
+    add("--seed", type=int, default=0, help="same seed, same images, at any --batch (default: 0)")
+    add("--steps", type=positive, help="a teacher's Euler steps (default: its own; a student has its fixed number)")
+    add("--guidance", type=float, help="a teacher's guidance (default: its own; a student has it built in)")
+    add("--out", type=Path, default=Path("runs/samples"), help="folder for the results (default: runs/samples)")
+    add("--png", action="store_true", help="also write every image as a PNG of its own")
+    add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
+    add("--trajectory", action="store_true", help="also draw the way there, for the first eight images")
+    add("--batch", type=positive, default=256, help="images at a time (default: 256)")
+    add("--bf16", action="store_true", help="matrix products in bfloat16")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    args = parser.parse_args()
+
+    device, out = pick_device(args.device), make_folder(args.out)
+    model, about = load_network(args.checkpoint, ("student", "teacher"), device)
+    if about["kind"] == "student" and (args.steps or args.guidance):
+        raise Fault("--steps and --guidance are for teachers: a student has both built in")
+    if about["model"]["image_size"] == 1:
+        raise Fault("points are not pictures: evaluate.py draws them in the plane")
+    if args.guidance:
+        about["guidance"] = args.guidance
+    chosen = parse_labels(args.labels, about["classes"]) if args.labels else None
+
+    images, labels, first = [], [], None
+    for start in Progress("sampling", range(0, args.count, args.batch), unit="batches"):
+        indices = range(start, min(start + args.batch, args.count))
+        x_T, y = noise_and_labels(about, args.seed, indices)
+        if chosen:
+            y = torch.tensor([chosen[i % len(chosen)] for i in indices])
+        with autocast(device, args.bf16):
+            states = sample(model, about, x_T.to(device), y.to(device), args.steps)
+        first = states[:8] if first is None else first
+        images.append(data.to_uint8(states[:, -1]))
+        labels += y.tolist()
+    images = np.concatenate(images)
+
+    shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 127.5 - 1
+    data.grid(shown, columns=math.ceil(math.sqrt(len(shown)))).save(writable(out / "grid.png"))
+    print(f"wrote {out / 'grid.png'}: {len(shown)} of {args.count:,} images")
+    if args.png:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            Image.fromarray(image.squeeze()).save(writable(out / "images" / f"{i:05d}-{about['classes'][label]}.png"))
+        print(f"wrote {args.count:,} images into {out / 'images'}")
+    if args.npz:
+        replace_file(out / "samples.npz", lambda file: np.savez(file, arr_0=images))
+        print(f"wrote {out / 'samples.npz'}")
+    if args.trajectory:
+        rows = [first]
+        if about["kind"] == "teacher" or about["output"] == "direction":
+            times = about["times"] if about["kind"] == "student" else \
+                PATHS[about["path"]]().grid(args.steps or about["steps"]).tolist()
+            rows.append(seen(about, first, torch.tensor(times, device=device)))
+        sheet = rearrange(torch.cat(rows, 1), "b s c h w -> (s b) c h w")
+        data.grid(sheet, columns=len(first)).save(writable(out / "trajectory.png"))
+        print(f"wrote {out / 'trajectory.png'}: a column an image; rows: {first.shape[1]} states, noise first"
+              + (f", then the {first.shape[1] - 1} clean images that the steps aimed at" if len(rows) > 1 else ""))
+
+
+if __name__ == "__main__":
+    command(main)

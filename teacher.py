@@ -1,0 +1,354 @@
+"""The teacher: a diffusion model, the ODE it defines, and the trajectories that a student will learn.
+
+A *noise path* mixes an image with noise, x_t = α(t)·x_0 + σ(t)·ε, from a clean image to (almost) pure noise x_T. A
+network that has seen x_t, t and a label estimates the pair (x̂_0, ε̂) behind it. Moving a little towards less noise,
+
+    x_{t'} = α(t')·x̂_0 + σ(t')·ε̂                                                                          (Euler)
+
+is one Euler step of the probability-flow ODE, whatever the path. In the coordinates x/α against σ/α it is Euler's
+method to the letter; on the flow-matching path it equals x + (t' − t)·v; on DDPM's path it is the DDIM step. So one
+solver serves all.
+
+    python teacher.py --preset points                 trains a teacher, into runs/points/teacher.pt
+    python teacher.py trajectories --preset shapes    solves its ODE from thousands of noises, keeps some states
+
+`distill.py` does the second by itself when it needs to. The shapes teacher ships with the repository (assets/).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from model import DiT, size
+from training import (
+    Fault,
+    Progress,
+    autocast,
+    command,
+    export,
+    fingerprint,
+    load_checkpoint,
+    load_weights,
+    make_folder,
+    pick_device,
+    positive,
+    train,
+    writable,
+)
+
+MARKS = 8  # states kept of each trajectory, besides x_T: of 24 steps every third
+ASSETS = Path(__file__).parent / "assets"
+
+# What each preset's teacher is: its data and network, its noise path and what the network predicts, how it is
+# trained, and how its ODE is solved: `steps` Euler steps with this guidance, for `count` trajectories.
+PRESETS = {
+    "points": dict(
+        data="points", image_size=1, channels=2, flip=False, size="N/1", path="flow", predicts="v",
+        iterations=4000, batch=512, lr=2e-3, decay=0.995, guidance=1.0, steps=24, count=16384),
+    "shapes": dict(
+        data="shapes", image_size=16, channels=3, flip=False, size="T/4", path="flow", predicts="v",
+        iterations=12000, batch=256, lr=2e-3, decay=0.999, guidance=2.0, steps=24, count=6144),
+    "shapes64": dict(
+        data="shapes", image_size=64, channels=3, flip=False, size="S/4", path="flow", predicts="v",
+        iterations=20000, batch=256, lr=5e-4, decay=0.999, guidance=2.0, steps=24, count=16384),
+    "cifar10": dict(
+        data=None, image_size=32, channels=3, flip=True, size="S/2", path="flow", predicts="v",
+        iterations=100000, batch=256, lr=3e-4, decay=0.9995, guidance=1.5, steps=24, count=50176),
+}
+
+
+# ---- 1. Noise paths -------------------------------------------------------------------------------------------------
+# A path is α and σ as functions of its time, the times T (noise) and `clean`, and what time to tell the network.
+
+class FlowMatching:
+    """Straight lines from image to noise (Lipman et al. 2210.02747; rectified flow 2209.03003): α = 1 − t, σ = t."""
+    T, clean = 1.0, 0.0
+
+    def alpha(self, t):
+        return 1 - t
+
+    def sigma(self, t):
+        return t
+
+    def told(self, t):
+        """The time as the network hears it: 0 … 1000, where its sinusoids tell times apart."""
+        return 1000 * t
+
+    def grid(self, steps: int) -> torch.Tensor:
+        """(steps + 1,) times from T to clean."""
+        return torch.linspace(self.T, self.clean, steps + 1)
+
+    def draw(self, count: int, rng: np.random.Generator) -> torch.Tensor:
+        """Training times, logit-normal: most of them in the middle, where the task is hardest (SD3, 2403.03206)."""
+        return torch.sigmoid(torch.from_numpy(rng.standard_normal(count, dtype=np.float32)))
+
+
+class DDPM:
+    """1000 steps of linear β, 1e-4 … 0.02 (Ho et al. 2006.11239), as in the public DiT: α = √ᾱ, σ = √(1 − ᾱ).
+    t is the integer 0 … 999; `clean` is t = −1, before the first noise, where ᾱ = 1."""
+    T, clean = 999, -1
+
+    def __init__(self):
+        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
+        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), kept])  # ᾱ of t = −1, 0, …, 999
+
+    def _at(self, table, t):
+        t = torch.as_tensor(t)
+        return table.float().to(t.device)[t.long() + 1]
+
+    def alpha(self, t):
+        return self._at(self.alpha_bar.sqrt(), t)
+
+    def sigma(self, t):
+        return self._at((1 - self.alpha_bar).sqrt(), t)
+
+    def told(self, t):
+        return t
+
+    def grid(self, steps: int) -> torch.Tensor:
+        """(steps + 1,): `steps` integers evenly over 999 … 0, halves to even as in the public code, then `clean`."""
+        steps = torch.linspace(self.T, 0, steps, dtype=torch.float64).round()
+        return torch.cat([steps, torch.tensor([self.clean])]).float()
+
+    def draw(self, count, rng):
+        return torch.from_numpy(rng.integers(0, 1000, count).astype(np.float32))
+
+
+PATHS = {"flow": FlowMatching, "ddpm": DDPM}
+
+
+# ---- 2. From a network's output to the next state -------------------------------------------------------------------
+
+def over(t, x):
+    """Values for times (), (b,), (s,) or (b, s) with three axes added, to go with images (…, c, h, w)."""
+    return torch.as_tensor(t, device=x.device)[..., None, None, None]
+
+
+def estimate(path, predicts: str, output, x, t):
+    """What the network's output at (x, t) says of the image and the noise: (x̂_0, ε̂), from x = α·x_0 + σ·ε and
+
+        "v": v = ε − x_0, flow matching's velocity    "eps": ε    "x0": x_0
+    """
+    alpha, sigma = over(path.alpha(t), x), over(path.sigma(t), x)
+    if predicts == "v":
+        return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
+    if predicts == "eps":
+        return (x - sigma * output) / alpha, output
+    return output, (x - alpha * output) / sigma
+
+
+def euler(path, x0, eps, t_next):
+    """x_{t'} = α(t')·x̂_0 + σ(t')·ε̂: one Euler step of the probability-flow ODE."""
+    return over(path.alpha(t_next), x0) * x0 + over(path.sigma(t_next), x0) * eps
+
+
+def advance(about: dict, output, x, t, t_next):
+    """A student's output as its next state. about["output"] says what the student puts out:
+
+        "state"      the next state itself, as in the paper
+        "direction"  what its teacher predicts (v, say), with which it takes the Euler step from t to t_next. Without
+                     history such a student starts as the teacher taking few steps, instead of as noise.
+    """
+    if about["output"] == "state":
+        return output
+    path = PATHS[about["path"]]()
+    return euler(path, *estimate(path, about["predicts"], output, x, t), t_next)
+
+
+def guided(model, x, t, y, guidance: float):
+    """Classifier-free guidance (2207.12598): uncond + s·(cond − uncond), both in one batch. x (b, c, h, w), t (), y
+    (b,)."""
+    if guidance == 1:
+        return model(x[:, None], t[None], y)[:, 0]
+    null = torch.full_like(y, model.null_class)
+    cond, uncond = model(torch.cat([x, x])[:, None], t[None], torch.cat([y, null]))[:, 0].chunk(2)
+    return uncond + guidance * (cond - uncond)
+
+
+@torch.no_grad()
+def solve(model, about: dict, x_T, y, steps: int | None = None, marks=None):
+    """The ODE from noise to image, in Euler steps with guidance: `steps` of them (default: the teacher's own number).
+
+    x_T: (b, c, h, w); y: (b,). Returns (times, states, clean), seen at the `marks` (numbers of steps done; default:
+    all): times (m + 1,) with T first; states (b, m + 1, c, h, w) with x_T first and the image last; clean (b, m, c,
+    h, w), the prediction x̂_0 from which the step that ends at the mark was taken. At the last mark the two are
+    equal."""
+    path, steps = PATHS[about["path"]](), steps or about["steps"]
+    grid = path.grid(steps).to(x_T.device)
+    marks = range(1, steps + 1) if marks is None else marks
+    x, states, clean = x_T, [x_T], []
+    for k in range(steps):
+        output = guided(model, x, path.told(grid[k]), y, about["guidance"]).float()
+        x0, eps = estimate(path, about["predicts"], output, x, grid[k])
+        x = euler(path, x0, eps, grid[k + 1])
+        if k + 1 in marks:
+            states.append(x)
+            clean.append(x0)
+    return grid[[0, *marks]], torch.stack(states, 1), torch.stack(clean, 1)
+
+
+# ---- 3. Training a teacher ------------------------------------------------------------------------------------------
+
+def teacher_loss(model, about, images, y, t, noise, dropped):
+    """The network learns what produced a noisy image: || output − target ||², with the target v, ε or x_0. Where
+    `dropped` is true the label is replaced by the null class, which is what guidance subtracts later. t: (b,)."""
+    path = PATHS[about["path"]]()
+    x = over(path.alpha(t), images) * images + over(path.sigma(t), images) * noise
+    target = {"v": noise - images, "eps": noise, "x0": images}[about["predicts"]]
+    y = torch.where(dropped, model.null_class, y)
+    output = model(x[:, None], path.told(t)[:, None], y)[:, 0]
+    return (output.float() - target).square().mean()
+
+
+def train_teacher(preset: dict, out: Path, device, bf16=False, checkpointing=False, seed=0):
+    """Train the teacher that a preset describes; returns (model, about). Continues what is at `out`."""
+    dataset = data.load(preset["data"], preset["image_size"], preset["channels"], flip=preset["flip"])
+    config = dict(image_size=preset["image_size"], channels=preset["channels"], classes=len(dataset.classes),
+                  **size(preset["size"]))
+    fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
+    solver = {key: preset[key] for key in ("path", "predicts", "guidance", "steps")}
+    about = dict(kind="teacher", model=config, **solver, data=str(preset["data"]), classes=dataset.classes,
+                 training=dict(**fit, seed=seed))
+    torch.manual_seed(seed)
+    model = DiT(**config).to(device)
+    model.checkpointing = checkpointing
+    path = PATHS[about["path"]]()
+
+    def loss(model, step):
+        rng = data.stream(seed, step)
+        images, y = dataset.draw(fit["batch"], rng)
+        noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
+        t, dropped = path.draw(len(y), rng), torch.from_numpy(rng.random(len(y)) < 0.1)
+        with autocast(device, bf16):
+            return teacher_loss(model, about, *(tensor.to(device) for tensor in (images, y, t, noise, dropped)))
+
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"training a teacher on {preset['data']}: {parameters / 1e6:.1f}M parameters, "
+          f"{fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
+    average, _ = train("teacher", model, loss, out, about, **fit, warmup=fit["iterations"] // 20)
+    return average, about
+
+
+def load_network(path, kind, device="cpu"):
+    """The averaged model of a checkpoint, in float32, ready to use, and its `about`. Raises Fault (see
+    load_checkpoint)."""
+    checkpoint = load_checkpoint(path, kind)
+    about = checkpoint["about"]
+    model = DiT(**about["model"])
+    load_weights(model, checkpoint["ema"], path)
+    return model.float().to(device).eval().requires_grad_(False), about
+
+
+# ---- 4. Trajectories for a student ----------------------------------------------------------------------------------
+
+def image_shape(about: dict) -> list[int]:
+    """[c, h, w] of a network's images."""
+    return [about["model"]["channels"], about["model"]["image_size"], about["model"]["image_size"]]
+
+
+def noise_and_labels(about: dict, seed: int, indices):
+    """Noise (b, c, h, w) and labels (b,) of the samples with these indices, in the shape that `about` gives. Sample i
+    depends on (seed, i) only. The noise is rounded to float16, as it is on disk, so that it is the noise that was
+    used."""
+    shape, classes = image_shape(about), about["model"]["classes"]
+    streams = [data.stream(seed, i) for i in indices]
+    noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in streams])
+    return torch.from_numpy(noise).half().float(), torch.tensor([int(rng.integers(classes)) for rng in streams])
+
+
+def write_trajectories(model, about: dict, folder: Path, count: int, device, bf16=False, seed=0):
+    """Solve the teacher's ODE from `count` noises (rounded up to whole shards) and keep MARKS of its states. Shards
+    that are there already are kept. Raises Fault when the folder holds other trajectories or other files."""
+    steps = about["steps"]
+    if steps % MARKS:
+        raise Fault(f"{MARKS} states of a trajectory are kept: --steps must be a multiple of {MARKS}, {steps} is not")
+    marks = [steps * (j + 1) // MARKS for j in range(MARKS)]
+    times = PATHS[about["path"]]().grid(steps)[[0, *marks]].tolist()
+    meta = dict(teacher=fingerprint(model.state_dict()), path=about["path"], guidance=about["guidance"], steps=steps,
+                marks=marks, times=times, shape=image_shape(about), seed=seed)
+    todo = data.start_trajectories(folder, meta, count)
+    if todo:
+        print(f"writing {len(todo) * data.SHARD:,} trajectories of {steps} steps, guidance {about['guidance']:g}, "
+              f"into {folder}")
+    for i in Progress("trajectories", todo, unit="trajectories", weight=data.SHARD):
+        x_T, y = noise_and_labels(about, seed, range(i * data.SHARD, (i + 1) * data.SHARD))
+        with autocast(device, bf16):
+            _, states, clean = solve(model, about, x_T.to(device), y.to(device), marks=marks)
+        data.write_shard(folder, meta, i, y, states, clean)
+
+
+# ---- The program ----------------------------------------------------------------------------------------------------
+
+def choose_preset(args) -> dict:
+    """The preset with the flags that were given put over it."""
+    given = {key: value for key, value in vars(args).items() if key in PRESETS["shapes"] and value is not None}
+    preset = PRESETS[args.preset] | given
+    if preset["data"] is None:
+        raise Fault(f"the preset {args.preset} needs --data, a folder of images ROOT/<class>/*.png")
+    return preset
+
+
+def find_teacher(path: Path | None, preset: str, run: Path, device):
+    """The teacher at `path`, or else the one trained into the folder `run`, or else the one that ships with the
+    repository; (model, about). Raises Fault when there is none or its training is unfinished."""
+    shipped = ASSETS / f"{preset}-teacher.pt"
+    path = path or (run / "teacher.pt" if (run / "teacher.pt").exists() or not shipped.exists() else shipped)
+    if not path.exists():
+        raise Fault(f"no teacher at {path}: name one with --teacher, or train it: python teacher.py --preset {preset}")
+    model, about = load_network(path, "teacher", device)
+    print(f"teacher: {path}")
+    return model, about
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("job", nargs="?", choices=("train", "trajectories"), default="train", help="what to do (default: train)")
+    add("--preset", choices=PRESETS, default="shapes", help="sets everything; flags override it (default: shapes)")
+    add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
+    add("--data", help="shapes, points, or a folder of images ROOT/<class>/*.png")
+    add("--size", help="network, as SIZE/PATCH: N, T, S, B, L or XL, such as T/4")
+    add("--image-size", type=positive, help="pixels of an image's side")
+    add("--channels", type=int, choices=(1, 3), help="1 for grey images, 3 for colour")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
+    add("--path", choices=PATHS, help="noise path")
+    add("--predicts", choices=("v", "eps", "x0"), help="what the network predicts")
+    add("--iterations", type=positive, help="training steps")
+    add("--batch", type=positive, help="images a training step")
+    add("--lr", type=float, help="highest learning rate")
+    add("--guidance", type=float, help="strength of classifier-free guidance in the ODE; 1 is none")
+    add("--steps", type=positive, help="Euler steps of the ODE")
+    add("--teacher", type=Path, help="trajectories: whose (default: the run's own teacher, or the shipped one)")
+    add("--count", type=positive, help="trajectories: how many")
+    add("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
+    add("--bf16", action="store_true", help="matrix products in bfloat16")
+    add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    add("--export", type=Path, help="train: also write the trained teacher, in float16 and for use only, to this file")
+    args = parser.parse_args()
+    device, run = pick_device(args.device), args.out or Path("runs") / args.preset
+    if args.job == "trajectories":
+        model, about = find_teacher(args.teacher, args.preset, run, device)
+        about |= {key: getattr(args, key) for key in ("guidance", "steps") if getattr(args, key) is not None}
+        count = args.count or PRESETS[args.preset]["count"]
+        write_trajectories(model, about, run / "trajectories", count, device, args.bf16, args.seed)
+        return
+    preset = choose_preset(args)
+    make_folder(run)
+    model, about = train_teacher(preset, run / "teacher.pt", device, args.bf16, args.checkpointing, args.seed)
+    if args.export:
+        export(args.export, about, model.state_dict())
+        print(f"wrote {args.export}")
+    if preset["data"] != "points":
+        y = torch.arange(80, device=device) % len(about["classes"])
+        noise, _ = noise_and_labels(about, args.seed, range(80))
+        _, states, _ = solve(model, about, noise.to(device), y)
+        data.grid(states[:, -1], columns=10).save(writable(run / "teacher.png"))
+        print(f"wrote {run / 'teacher.png'}: its images, a column a class")
+
+
+if __name__ == "__main__":
+    command(main)
