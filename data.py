@@ -1,12 +1,12 @@
-"""The images that a teacher learns from. Every data set is a `Dataset`: images in [-1, 1], (c, h, w), with integer
-labels.
+"""What is learned from: images, for the teacher, and trajectories on disk, for the student.
+
+Every data set is a `Dataset`: images in [-1, 1], (c, h, w), with integer labels.
 
     shapes    ten kinds of shapes, drawn with Pillow: as many as you want, nothing to download. The default
     points    spirals in the plane, as 1×1 images of two channels, so that a whole trajectory can be drawn on paper
     folder    your own images: ROOT/<class>/*.png|jpg|jpeg|webp, cropped and resized to the model's size
 
-`load(...)` picks one by name. To look at a data set: `python data.py --data shapes` (or a folder) writes
-runs/data.png.
+`load(...)` picks one by name. To look at one: `python data.py --data shapes` (or a folder) writes runs/data.png.
 """
 
 import argparse
@@ -61,6 +61,20 @@ def stream(seed: int, index: int) -> np.random.Generator:
     """Random numbers that depend on (seed, index) and nothing else: not on batch size, device or what was drawn
     before."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64)))
+
+
+def image_shape(about: dict) -> list[int]:
+    """[c, h, w] of the images of a network, from its checkpoint's `about`."""
+    return [about["model"]["channels"], about["model"]["image_size"], about["model"]["image_size"]]
+
+
+def noise_and_labels(about: dict, seed: int, indices) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise x_T (b, c, h, w) and labels (b,) of the samples with these indices. Sample i depends on (seed, i) only. The
+    noise is rounded to float16, as it is on disk, *before* it is used: noise and image then belong together."""
+    streams = [stream(seed, i) for i in indices]
+    noise = np.stack([rng.standard_normal(image_shape(about), dtype=np.float32) for rng in streams])
+    labels = [int(rng.integers(about["model"]["classes"])) for rng in streams]
+    return torch.from_numpy(noise).half().float(), torch.tensor(labels)
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -232,7 +246,7 @@ def start_trajectories(folder: Path, meta: dict, count: int) -> list[int]:
     folder = make_folder(folder)
     there = read_meta(folder)
     if there is None:
-        if any(folder.iterdir()):
+        if any(not f.name.startswith(".") for f in folder.iterdir()):
             raise Fault(f"{folder} holds other files: choose another folder for the trajectories")
         save_json(folder / "meta.json", meta)
     elif there != meta:
@@ -274,7 +288,10 @@ class Trajectories:
         self.meta, self.kind = meta, kind
         self.marks = choose_marks(len(meta["marks"]), S)
         self.times = [meta["times"][i] for i in (0, *self.marks)]
-        self.files = [np.load(f, mmap_mode="r") for f in shards(folder, meta).values()]
+        try:
+            self.files = [np.load(f, mmap_mode="r") for f in shards(folder, meta).values()]
+        except ValueError as error:
+            raise Fault(f"{folder} holds a damaged shard ({error}): remove the folder and write it again") from None
         if not self.files:
             raise Fault(f"no whole shard in {folder}: write the trajectories again")
         self.count = min(count or len(self.files) * SHARD, len(self.files) * SHARD)

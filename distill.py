@@ -28,34 +28,11 @@ import torch
 
 import data
 from model import HISTORIES, DiT
+from presets import STUDENTS, TEACHERS, choose
 from sample import compare, figure, table
 from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
-from teacher import PRESETS as TEACHERS
-from training import (
-    Fault,
-    autocast,
-    command,
-    export,
-    fingerprint,
-    load_weights,
-    make_folder,
-    pick_device,
-    positive,
-    save_json,
-    train,
-)
-
-# What each preset's student is: S steps, its history, what it learns from and puts out, and its training.
-PRESETS = {
-    "points": dict(steps=4, history="causal", history_layers=6, trajectory="clean", output="state",
-                   iterations=3000, batch=512, lr=1e-3, decay=0.995),
-    "shapes": dict(steps=4, history="causal", history_layers=2, trajectory="states", output="direction",
-                   iterations=700, batch=64, lr=1e-3, decay=0.99),
-    "shapes64": dict(steps=4, history="causal", history_layers=3, trajectory="states", output="direction",
-                     iterations=5000, batch=64, lr=3e-4, decay=0.999),
-    "cifar10": dict(steps=4, history="causal", history_layers=3, trajectory="states", output="direction",
-                    iterations=20000, batch=64, lr=2e-4, decay=0.999),
-}
+from training import (Fault, autocast, command, export, fingerprint, load_weights, machine_flags, make_folder,
+                      pick_device, positive, save_json, train)
 
 
 def ard_loss(model, about: dict, x, y):
@@ -70,50 +47,49 @@ def ard_loss(model, about: dict, x, y):
     return (prediction - target).square().mean()
 
 
-def make_student(teacher, about: dict, *, history: str, history_layers: int, step_heads: int = 1):
+def make_student(teacher, about: dict, preset: dict):
     """A student that starts from the teacher: same architecture, same weights, and eyes for the past in the lowest
-    layers. Returns (model, its configuration). With `step_heads` > 1 every step starts with a copy of the teacher's
-    output layer. Raises Fault if the teacher has fewer layers."""
-    config = about["model"] | dict(history=history, history_layers=history_layers, step_heads=step_heads)
-    try:
-        student = DiT(**config)
-    except ValueError as error:
-        raise Fault(str(error)) from None
-    weights = teacher.state_dict()
-    heads = {name.replace("final_layer.", f"{head}."): value for head in student.head_names[1:]
-             for name, value in weights.items() if name.startswith("final_layer.")}
-    load_weights(student, weights | heads, "the teacher")
-    return student, config
-
-
-def distill(teacher, about: dict, trajectories: data.Trajectories, preset: dict, out: Path, device, bf16=False,
-            checkpointing=False, seed=0):
-    """Train a student into the file `out`; returns (model, about, losses). Continues what is there."""
+    layers. With `step_heads`, every step has its own copy of the output layer. Returns (model, its about, still
+    without the times that its trajectories give). Raises Fault for settings that cannot be."""
     S = preset["steps"]
-    heads = S if preset["step_heads"] else 1
-    student, config = make_student(teacher, about, history=preset["history"], history_layers=preset["history_layers"],
-                                   step_heads=heads)
-    student.to(device).checkpointing = checkpointing
-    path, times = PATHS[about["path"]](), trajectories.times
-    told = preset["told"] or [float(path.told(t)) for t in times[:-1]]
-    if len(told) != S:
-        raise Fault(f"--told has {len(told)} times, and the student takes {S} steps: give one for each")
     if (preset["output"], preset["trajectory"]) == ("direction", "clean"):
         raise Fault("a direction leads from one state to the next, and clean predictions are no states: "
                     "use --output state, or --trajectory states")
+    if preset["told"] and len(preset["told"]) != S:
+        raise Fault(f"--told has {len(preset['told'])} times, and the student takes {S} steps: give one for each")
+    config = about["model"] | {key: preset[key] for key in ("history", "history_layers")}
+    try:
+        student = DiT(**config, step_heads=S if preset["step_heads"] else 1)
+    except ValueError as error:
+        raise Fault(str(error)) from None
+    config["step_heads"] = len(student.head_names)
+    weights = teacher.state_dict()
+    heads = {name.replace("final_layer", head): value for head in student.head_names
+             for name, value in weights.items() if name.startswith("final_layer.")}
+    load_weights(student, weights | heads, "the teacher")
+    return student, about | dict(kind="student", model=config, S=S, output=preset["output"],
+                                 trajectory=preset["trajectory"])
+
+
+def distill(student, about: dict, trajectories: data.Trajectories, preset: dict, out: Path, device, bf16=False,
+            checkpointing=False, seed=0):
+    """Train a student into the file `out`; returns (model, about, losses). Continues what is there."""
+    student.to(device).checkpointing = checkpointing
+    meta, path = trajectories.meta, PATHS[about["path"]]()
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
-    about = about | dict(kind="student", model=config, S=S, times=times, told=told, output=preset["output"],
-                         trajectory=preset["trajectory"], guidance=trajectories.meta["guidance"],
-                         steps=trajectories.meta["steps"], teacher=trajectories.meta["teacher"],
-                         training=dict(**fit, seed=seed, count=len(trajectories), noise=trajectories.meta["seed"]))
+    about = about | {key: meta[key] for key in ("teacher", "guidance", "steps")} | dict(
+        marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each state
+        times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
+        training=dict(**fit, seed=seed, count=len(trajectories), noise=meta["seed"]))
 
     def loss(model, step):
         x, y = trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
         with autocast(device, bf16):
             return ard_loss(model, about, x.to(device), y.to(device))
 
-    print(f"distilling into {S} steps: {config['history']} history in {config['history_layers']} of {config['depth']} "
-          f"layers, {fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
+    config = about["model"]
+    print(f"distilling into {about['S']} steps: {config['history']} history in {config['history_layers']} of "
+          f"{config['depth']} layers, {fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
     student, losses = train("student", student, loss, out, about, **fit, warmup=fit["iterations"] // 20)
     return student, about, losses
 
@@ -123,7 +99,7 @@ def distill(teacher, about: dict, trajectories: data.Trajectories, preset: dict,
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", choices=PRESETS, default="shapes", help="sets everything; flags override it (default: shapes)")
+    add("--preset", choices=STUDENTS, default="shapes", help="sets everything; flags override it (default: shapes)")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
     add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
     add("--trajectories", type=Path, help="folder, written if need be (default: runs/PRESET/trajectories)")
@@ -133,25 +109,23 @@ def main():
     add("--history-layers", type=int, help="in how many of the lowest layers; 0 is step distillation")
     add("--trajectory", choices=("states", "clean"), help="learn the states themselves, or the clean predictions")
     add("--output", choices=("direction", "state"), help="put out what the Euler step needs, or the next state itself")
-    add("--step-heads", action="store_true", help="an output layer for each step instead of one for all")
+    add("--step-heads", action=argparse.BooleanOptionalAction,
+        help="an output layer for each step instead of one for all")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
     add("--iterations", type=positive, help="training steps")
     add("--batch", type=positive, help="trajectories a training step")
     add("--lr", type=float, help="highest learning rate")
     add("--seed", type=int, default=0, help="of the batches (default: 0)")
-    add("--bf16", action="store_true", help="matrix products in bfloat16")
-    add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    add("--export", type=Path, help="also write the trained student, in float16 and for use only, to this file")
+    machine_flags(add, training=True)
     args = parser.parse_args()
 
-    given = {key: value for key, value in vars(args).items() if value is not None}
-    preset = PRESETS[args.preset] | dict(told=None) | given
+    preset = choose(STUDENTS, args)
     device, runs = pick_device(args.device), Path("runs") / args.preset
     out = make_folder(args.out or runs)
     data.choose_marks(MARKS, preset["steps"])  # a wrong number of steps is better told before the work than after
     began = time.time()
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
+    student, about = make_student(teacher, teacher_about, preset)
     folder = args.trajectories or runs / "trajectories"
     there = data.read_meta(folder) or {}  # trajectories that are there keep their own guidance, steps and seed
     recipe = teacher_about | {key: there[key] for key in ("guidance", "steps") if key in there}
@@ -159,8 +133,8 @@ def main():
     write_trajectories(teacher, recipe, folder, count, device, args.bf16, there.get("seed", 0))
     trajectories = data.Trajectories(folder, fingerprint(teacher.state_dict()), preset["steps"], preset["trajectory"],
                                      count)
-    student, about, losses = distill(teacher, teacher_about, trajectories, preset, out / "student.pt", device,
-                                     args.bf16, args.checkpointing, args.seed)
+    student, about, losses = distill(student, about, trajectories, preset, out / "student.pt", device, args.bf16,
+                                     args.checkpointing, args.seed)
     if args.export:
         export(args.export, about, student.state_dict())
         print(f"wrote {args.export}")

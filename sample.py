@@ -23,19 +23,9 @@ from PIL import Image
 
 import data
 from model import KVCache
-from teacher import ASSETS, PATHS, advance, load_network, noise_and_labels, over, solve
-from training import (
-    Fault,
-    Progress,
-    autocast,
-    command,
-    make_folder,
-    pick_device,
-    positive,
-    replace_file,
-    synchronise,
-    writable,
-)
+from teacher import ASSETS, PATHS, advance, load_network, over, solve
+from training import (Fault, Progress, autocast, command, machine_flags, make_folder, pick_device, positive,
+                      replace_file, synchronise, writable)
 
 
 @torch.no_grad()
@@ -98,18 +88,17 @@ def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=Fal
     """Run the `methods` from the same held-out noises and labels. Returns (rows, states, y): rows {name: {"calls",
     "error", "ms"}}, the mean squared error to the teacher's full-step image and the milliseconds an image, the median
     of interleaved repeats; states {name: (b, s + 1, c, h, w)}; labels (b,)."""
-    x_T, y = noise_and_labels(about, HELD_OUT, range(count))
+    x_T, y = data.noise_and_labels(about, HELD_OUT, range(count))
     x_T, y = x_T.to(device), y.to(device)
     ways = methods(teacher, teacher_about, student, about)
     states, seconds = {}, {name: [] for name in ways}
-    for _ in range(repeats):
-        for name, (_, run) in ways.items():
-            synchronise(device)
-            began = time.perf_counter()
-            with autocast(device, bf16):
-                states[name] = run(x_T, y)
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - began)
+    for name in Progress("comparing", list(ways) * repeats, unit="runs"):
+        synchronise(device)
+        began = time.perf_counter()
+        with autocast(device, bf16):
+            states[name] = ways[name][1](x_T, y)
+        synchronise(device)
+        seconds[name].append(time.perf_counter() - began)
     target = next(iter(states.values()))[:, -1]
     rows = {name: dict(calls=calls, error=(states[name][:, -1] - target).square().mean().item(),
                        ms=1000 * statistics.median(seconds[name]) / count) for name, (calls, _) in ways.items()}
@@ -191,24 +180,23 @@ def main():
     add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
     add("--trajectory", action="store_true", help="also draw the way there, for the first eight images")
     add("--batch", type=positive, default=256, help="images at a time (default: 256)")
-    add("--bf16", action="store_true", help="matrix products in bfloat16")
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
+    machine_flags(add, training=False)
     args = parser.parse_args()
 
     device, out = pick_device(args.device), make_folder(args.out)
     model, about = load_network(args.checkpoint, ("student", "teacher"), device)
-    if about["kind"] == "student" and (args.steps or args.guidance):
+    if about["kind"] == "student" and (args.steps or args.guidance is not None):
         raise Fault("--steps and --guidance are for teachers: a student has both built in")
     if about["model"]["image_size"] == 1:
         raise Fault("points are not pictures: evaluate.py draws them in the plane")
-    if args.guidance:
+    if args.guidance is not None:
         about["guidance"] = args.guidance
     chosen = parse_labels(args.labels, about["classes"]) if args.labels else None
 
     images, labels, first = [], [], None
     for start in Progress("sampling", range(0, args.count, args.batch), unit="batches"):
         indices = range(start, min(start + args.batch, args.count))
-        x_T, y = noise_and_labels(about, args.seed, indices)
+        x_T, y = data.noise_and_labels(about, args.seed, indices)
         if chosen:
             y = torch.tensor([chosen[i % len(chosen)] for i in indices])
         with autocast(device, args.bf16):

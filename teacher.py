@@ -23,41 +23,12 @@ import torch
 
 import data
 from model import DiT, size
-from training import (
-    Fault,
-    Progress,
-    autocast,
-    command,
-    export,
-    fingerprint,
-    load_checkpoint,
-    load_weights,
-    make_folder,
-    pick_device,
-    positive,
-    train,
-    writable,
-)
+from presets import TEACHERS, choose
+from training import (Fault, Progress, autocast, command, export, fingerprint, load_checkpoint, load_weights,
+                      machine_flags, make_folder, pick_device, positive, train, writable)
 
 MARKS = 8  # states kept of each trajectory, besides x_T: of 24 steps every third
 ASSETS = Path(__file__).parent / "assets"
-
-# What each preset's teacher is: its data and network, its noise path and what the network predicts, how it is
-# trained, and how its ODE is solved: `steps` Euler steps with this guidance, for `count` trajectories.
-PRESETS = {
-    "points": dict(
-        data="points", image_size=1, channels=2, flip=False, size="N/1", path="flow", predicts="v",
-        iterations=4000, batch=512, lr=2e-3, decay=0.995, guidance=1.0, steps=24, count=16384),
-    "shapes": dict(
-        data="shapes", image_size=16, channels=3, flip=False, size="T/4", path="flow", predicts="v",
-        iterations=12000, batch=256, lr=2e-3, decay=0.999, guidance=2.0, steps=24, count=6144),
-    "shapes64": dict(
-        data="shapes", image_size=64, channels=3, flip=False, size="S/4", path="flow", predicts="v",
-        iterations=20000, batch=256, lr=5e-4, decay=0.999, guidance=2.0, steps=24, count=16384),
-    "cifar10": dict(
-        data=None, image_size=32, channels=3, flip=True, size="S/2", path="flow", predicts="v",
-        iterations=100000, batch=256, lr=3e-4, decay=0.9995, guidance=1.5, steps=24, count=50176),
-}
 
 
 # ---- 1. Noise paths -------------------------------------------------------------------------------------------------
@@ -205,17 +176,26 @@ def teacher_loss(model, about, images, y, t, noise, dropped):
 
 def train_teacher(preset: dict, out: Path, device, bf16=False, checkpointing=False, seed=0):
     """Train the teacher that a preset describes; returns (model, about). Continues what is at `out`."""
-    dataset = data.load(preset["data"], preset["image_size"], preset["channels"], flip=preset["flip"])
-    config = dict(image_size=preset["image_size"], channels=preset["channels"], classes=len(dataset.classes),
-                  **size(preset["size"]))
+    path, source = PATHS[preset["path"]](), preset["data"]
+    if preset["predicts"] == "eps" and path.alpha(path.T) == 0:
+        raise Fault("x_T is noise alone on this path, and ε̂ cannot tell x_0 from it: use --predicts v, or --path ddpm")
+    if source is None:
+        raise Fault("this preset needs images: --data ROOT, a folder with ROOT/<class>/*.png (or jpg, jpeg, webp)")
+    dataset = data.load(source, preset["image_size"], preset["channels"], preset["flip"])
+    channels, image_size, _ = dataset.shape
+    if (channels, image_size) != (preset["channels"], preset["image_size"]):
+        raise Fault(f"{source} has images of {channels} channels and {image_size} pixels: choose another preset")
+    torch.manual_seed(seed)
+    try:
+        config = dict(image_size=image_size, channels=channels, classes=len(dataset.classes), **size(preset["size"]))
+        model = DiT(**config)
+    except ValueError as error:
+        raise Fault(str(error)) from None
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     solver = {key: preset[key] for key in ("path", "predicts", "guidance", "steps")}
-    about = dict(kind="teacher", model=config, **solver, data=str(preset["data"]), classes=dataset.classes,
+    about = dict(kind="teacher", model=config, **solver, data=str(source), classes=dataset.classes,
                  training=dict(**fit, seed=seed))
-    torch.manual_seed(seed)
-    model = DiT(**config).to(device)
-    model.checkpointing = checkpointing
-    path = PATHS[about["path"]]()
+    model.to(device).checkpointing = checkpointing
 
     def loss(model, step):
         rng = data.stream(seed, step)
@@ -226,7 +206,7 @@ def train_teacher(preset: dict, out: Path, device, bf16=False, checkpointing=Fal
             return teacher_loss(model, about, *(tensor.to(device) for tensor in (images, y, t, noise, dropped)))
 
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"training a teacher on {preset['data']}: {parameters / 1e6:.1f}M parameters, "
+    print(f"training a teacher on {source}: {parameters / 1e6:.1f}M parameters, "
           f"{fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
     average, _ = train("teacher", model, loss, out, about, **fit, warmup=fit["iterations"] // 20)
     return average, about
@@ -237,27 +217,17 @@ def load_network(path, kind, device="cpu"):
     load_checkpoint)."""
     checkpoint = load_checkpoint(path, kind)
     about = checkpoint["about"]
-    model = DiT(**about["model"])
+    try:
+        model, end = DiT(**about["model"]), about["training"]["iterations"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Fault(f"{path} describes no network that is known here: {error}") from None
+    if checkpoint.get("step", end) < end:
+        print(f"note: the training of {path} is not finished (step {checkpoint['step']:,} of {end:,})")
     load_weights(model, checkpoint["ema"], path)
     return model.float().to(device).eval().requires_grad_(False), about
 
 
 # ---- 4. Trajectories for a student ----------------------------------------------------------------------------------
-
-def image_shape(about: dict) -> list[int]:
-    """[c, h, w] of a network's images."""
-    return [about["model"]["channels"], about["model"]["image_size"], about["model"]["image_size"]]
-
-
-def noise_and_labels(about: dict, seed: int, indices):
-    """Noise (b, c, h, w) and labels (b,) of the samples with these indices, in the shape that `about` gives. Sample i
-    depends on (seed, i) only. The noise is rounded to float16, as it is on disk, so that it is the noise that was
-    used."""
-    shape, classes = image_shape(about), about["model"]["classes"]
-    streams = [data.stream(seed, i) for i in indices]
-    noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in streams])
-    return torch.from_numpy(noise).half().float(), torch.tensor([int(rng.integers(classes)) for rng in streams])
-
 
 def write_trajectories(model, about: dict, folder: Path, count: int, device, bf16=False, seed=0):
     """Solve the teacher's ODE from `count` noises (rounded up to whole shards) and keep MARKS of its states. Shards
@@ -268,13 +238,13 @@ def write_trajectories(model, about: dict, folder: Path, count: int, device, bf1
     marks = [steps * (j + 1) // MARKS for j in range(MARKS)]
     times = PATHS[about["path"]]().grid(steps)[[0, *marks]].tolist()
     meta = dict(teacher=fingerprint(model.state_dict()), path=about["path"], guidance=about["guidance"], steps=steps,
-                marks=marks, times=times, shape=image_shape(about), seed=seed)
+                marks=marks, times=times, shape=data.image_shape(about), seed=seed)
     todo = data.start_trajectories(folder, meta, count)
     if todo:
         print(f"writing {len(todo) * data.SHARD:,} trajectories of {steps} steps, guidance {about['guidance']:g}, "
               f"into {folder}")
     for i in Progress("trajectories", todo, unit="trajectories", weight=data.SHARD):
-        x_T, y = noise_and_labels(about, seed, range(i * data.SHARD, (i + 1) * data.SHARD))
+        x_T, y = data.noise_and_labels(about, seed, range(i * data.SHARD, (i + 1) * data.SHARD))
         with autocast(device, bf16):
             _, states, clean = solve(model, about, x_T.to(device), y.to(device), marks=marks)
         data.write_shard(folder, meta, i, y, states, clean)
@@ -282,18 +252,9 @@ def write_trajectories(model, about: dict, folder: Path, count: int, device, bf1
 
 # ---- The program ----------------------------------------------------------------------------------------------------
 
-def choose_preset(args) -> dict:
-    """The preset with the flags that were given put over it."""
-    given = {key: value for key, value in vars(args).items() if key in PRESETS["shapes"] and value is not None}
-    preset = PRESETS[args.preset] | given
-    if preset["data"] is None:
-        raise Fault(f"the preset {args.preset} needs --data, a folder of images ROOT/<class>/*.png")
-    return preset
-
-
 def find_teacher(path: Path | None, preset: str, run: Path, device):
     """The teacher at `path`, or else the one trained into the folder `run`, or else the one that ships with the
-    repository; (model, about). Raises Fault when there is none or its training is unfinished."""
+    repository; (model, about). Raises Fault when there is none."""
     shipped = ASSETS / f"{preset}-teacher.pt"
     path = path or (run / "teacher.pt" if (run / "teacher.pt").exists() or not shipped.exists() else shipped)
     if not path.exists():
@@ -307,7 +268,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("job", nargs="?", choices=("train", "trajectories"), default="train", help="what to do (default: train)")
-    add("--preset", choices=PRESETS, default="shapes", help="sets everything; flags override it (default: shapes)")
+    add("--preset", choices=TEACHERS, default="shapes", help="sets everything; flags override it (default: shapes)")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
     add("--data", help="shapes, points, or a folder of images ROOT/<class>/*.png")
     add("--size", help="network, as SIZE/PATCH: N, T, S, B, L or XL, such as T/4")
@@ -324,19 +285,16 @@ def main():
     add("--teacher", type=Path, help="trajectories: whose (default: the run's own teacher, or the shipped one)")
     add("--count", type=positive, help="trajectories: how many")
     add("--seed", type=int, default=0, help="of weights, data and noise (default: 0)")
-    add("--bf16", action="store_true", help="matrix products in bfloat16")
-    add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default: auto)")
-    add("--export", type=Path, help="train: also write the trained teacher, in float16 and for use only, to this file")
+    machine_flags(add, training=True)
     args = parser.parse_args()
     device, run = pick_device(args.device), args.out or Path("runs") / args.preset
     if args.job == "trajectories":
         model, about = find_teacher(args.teacher, args.preset, run, device)
         about |= {key: getattr(args, key) for key in ("guidance", "steps") if getattr(args, key) is not None}
-        count = args.count or PRESETS[args.preset]["count"]
+        count = args.count or TEACHERS[args.preset]["count"]
         write_trajectories(model, about, run / "trajectories", count, device, args.bf16, args.seed)
         return
-    preset = choose_preset(args)
+    preset = choose(TEACHERS, args)
     make_folder(run)
     model, about = train_teacher(preset, run / "teacher.pt", device, args.bf16, args.checkpointing, args.seed)
     if args.export:
@@ -344,7 +302,7 @@ def main():
         print(f"wrote {args.export}")
     if preset["data"] != "points":
         y = torch.arange(80, device=device) % len(about["classes"])
-        noise, _ = noise_and_labels(about, args.seed, range(80))
+        noise, _ = data.noise_and_labels(about, args.seed, range(80))
         _, states, _ = solve(model, about, noise.to(device), y)
         data.grid(states[:, -1], columns=10).save(writable(run / "teacher.png"))
         print(f"wrote {run / 'teacher.png'}: its images, a column a class")

@@ -52,6 +52,15 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def machine_flags(add, training: bool):
+    """The flags that every program has, and those that every training has; `add` is a parser's add_argument."""
+    add("--device", default="auto", help="auto (CUDA, then MPS, then the CPU), cuda, mps or cpu (default: auto)")
+    add("--bf16", action="store_true", help="matrix products in bfloat16")
+    if training:
+        add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
+        add("--export", type=Path, help="also write the result, in float16 and for use only, to this file")
+
+
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 def pick_device(name: str = "auto") -> torch.device:

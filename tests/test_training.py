@@ -1,0 +1,350 @@
+"""The training loop against what it promises: a run that was stopped (by a crash, by a real signal to a real process)
+and started again ends with the very bits of one that was not; the optimiser, its schedule and the moving average agree
+with a plain loop written here; and whatever goes wrong with a file is a Fault that leaves the file as it was.
+"""
+
+import copy
+import io
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import training
+from training import Fault, fingerprint, learning_rate, load_checkpoint, pick_device, replace_file, train
+
+ROOT = Path(training.__file__).resolve().parent
+ABOUT = {"kind": "toy", "classes": ["a", "b"], "training": {"iterations": 30, "lr": 0.1}}
+FIT = dict(iterations=30, batch=4, lr=0.1, decay=0.7, warmup=5, log_every=7)
+
+
+def toy_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def toy_loss(model, step):
+    """A regression whose batch is a function of the step."""
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+    return 10 * (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
+def toy_train(out, loss=toy_loss, about=ABOUT, **changes):
+    return train("toy", toy_model(), loss, out, about, **FIT | changes)
+
+
+def same(a, b) -> bool:
+    """Equal to the bit, all the way down."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def read(path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def at_step(k, action):
+    """toy_loss that first does something at step k."""
+    def loss(model, step):
+        if step == k:
+            action()
+        return toy_loss(model, step)
+    return loss
+
+
+def crash():
+    raise RuntimeError("the power went")
+
+
+# ---- stopped and continued ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("k", [1, 7, 17, 29])  # between two entries of the log, and right at one
+def test_a_run_that_crashed_continues_to_the_very_same_end(tmp_path, k):
+    whole, losses = toy_train(tmp_path / "whole.pt")
+    with pytest.raises(RuntimeError, match="the power went"):
+        toy_train(tmp_path / "cut.pt", at_step(k, crash), save_seconds=-1)  # saves at every step
+    assert read(tmp_path / "cut.pt")["step"] == k
+    steps = []
+    continued, losses_too = toy_train(tmp_path / "cut.pt", lambda m, step: steps.append(step) or toy_loss(m, step))
+    assert steps == list(range(k, 30))
+    assert same(read(tmp_path / "cut.pt"), read(tmp_path / "whole.pt"))
+    assert same(continued.state_dict(), whole.state_dict()) and losses == losses_too
+    assert not same(whole.state_dict(), toy_model().state_dict()) and losses[-1][1] < losses[0][1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_stops(tmp_path, number):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt, match="holds 12 of 30 steps"):
+        toy_train(tmp_path / "cut.pt", at_step(11, lambda: signal.raise_signal(number)))
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert read(tmp_path / "cut.pt")["step"] == 12
+    toy_train(tmp_path / "cut.pt")
+    toy_train(tmp_path / "whole.pt")
+    assert same(read(tmp_path / "cut.pt"), read(tmp_path / "whole.pt"))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        toy_train(tmp_path / "cut.pt", at_step(11, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]))
+    assert not list(tmp_path.iterdir())
+
+
+TEACHER = ["--preset", "points", "--iterations", "60", "--batch", "16", "--device", "cpu", "--out"]
+SLOWLY = """
+import runpy, sys, time, data
+draw = data.Dataset.draw
+def slow_draw(*args):
+    print("a batch", flush=True)
+    time.sleep(0.05)
+    return draw(*args)
+data.Dataset.draw = slow_draw
+sys.argv[0] = "teacher.py"
+runpy.run_path("teacher.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_to_a_real_process(tmp_path):
+    """teacher.py, slowed so that the signal must fall in the middle on any machine; then the plain command again."""
+    options = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stderr=subprocess.PIPE)
+    plain = [sys.executable, "teacher.py", *TEACHER]
+    slow = [sys.executable, "-c", SLOWLY, *TEACHER, tmp_path / "cut"]
+    process = subprocess.Popen(slow, stdout=subprocess.PIPE, **options)
+    try:
+        batches = 0
+        while batches < 10 and (line := process.stdout.readline()):
+            batches += line == "a batch\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert len(errors.strip().splitlines()) == 1 and errors.strip().startswith("stopped") and "Traceback" not in errors
+    cut = tmp_path / "cut" / "teacher.pt"
+    assert 0 < read(cut)["step"] < 60 and f"{cut} holds {read(cut)['step']} of 60 steps" in errors
+
+    subprocess.run([*plain, tmp_path / "cut"], check=True, stdout=subprocess.PIPE, **options)
+    subprocess.run([*plain, tmp_path / "whole"], check=True, stdout=subprocess.PIPE, **options)
+    continued, whole = read(cut), read(tmp_path / "whole" / "teacher.pt")
+    assert whole["step"] == 60 and whole["losses"] and whole["optimiser"]["state"]
+    assert whole["model"].keys() == whole["ema"].keys() and not same(whole["model"], whole["ema"])
+    for part in whole:
+        assert same(continued[part], whole[part]), part
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    whole, losses = toy_train(tmp_path / "out.pt")
+    before = (tmp_path / "out.pt").read_bytes()
+    again, losses_too = toy_train(tmp_path / "out.pt", at_step(0, crash))
+    assert same(again.state_dict(), whole.state_dict()) and losses == losses_too
+    assert (tmp_path / "out.pt").read_bytes() == before
+
+
+# ---- what a step does -----------------------------------------------------------------------------------------------
+
+def test_training_is_adam_with_warm_up_cosine_clipping_and_an_average(tmp_path):
+    """Against a plain loop: Adam, its rate by hand, gradients scaled by hand, the average in Python floats."""
+    model, total, clipped = toy_model(), 0.0, 0
+    average = [w.tolist() for w in nn.utils.parameters_to_vector(model.parameters()).detach().double()]
+    adam, expected = torch.optim.Adam(model.parameters()), []
+    for step in range(30):
+        adam.param_groups[0]["lr"] = 0.1 * min(1, (step + 1) / 5) * (1 + math.cos(math.pi * step / 30)) / 2
+        loss = toy_loss(model, step)
+        adam.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(w.grad.square().sum().item() for w in model.parameters()))
+        for w in model.parameters():
+            w.grad *= min(1, 0.5 / norm)
+        clipped += norm > 0.5
+        adam.step()
+        decay = min(0.7, (1 + step) / (10 + step))  # 0.7 from step 20 on
+        now = nn.utils.parameters_to_vector(model.parameters()).tolist()
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, now, strict=True)]
+        total += loss.item()
+        if (step + 1) % 7 == 0 or step == 29:
+            expected.append((step + 1, total / (7 if step < 29 else 2)))
+            total = 0.0
+    assert 0 < clipped
+
+    returned, losses = toy_train(tmp_path / "out.pt", clip=0.5)
+    trained = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    trained.load_state_dict(read(tmp_path / "out.pt")["model"])
+    vectors = [nn.utils.parameters_to_vector(m.parameters()) for m in (trained, model, returned)]
+    assert torch.allclose(vectors[0], vectors[1], atol=1e-5)
+    assert torch.allclose(vectors[2], torch.tensor(average), atol=1e-5)
+    assert (vectors[0] - vectors[2]).abs().max() > 1e-3  # the average is not the model
+    assert [step for step, _ in losses] == [7, 14, 21, 28, 30]
+    assert torch.allclose(torch.tensor(losses), torch.tensor(expected), rtol=1e-3)
+
+
+def test_learning_rate_warms_up_and_follows_its_schedule():
+    constant = [learning_rate(step, 100, 2.0, 10, "constant") for step in range(100)]
+    assert constant == pytest.approx([0.2 * k for k in range(1, 11)] + [2.0] * 90)
+    cosine = [learning_rate(step, 100, 2.0, 10, "cosine") for step in range(100)]
+    assert cosine[25] == pytest.approx(1 + math.sqrt(0.5)) and cosine[50] == pytest.approx(1.0)
+    assert cosine[75] == pytest.approx(1 - math.sqrt(0.5)) and 0 < cosine[99] < 0.001
+    assert cosine[0] == pytest.approx(0.2) and cosine[:10] == sorted(cosine[:10])
+    assert cosine[10:] == sorted(cosine[10:], reverse=True)
+    assert learning_rate(0, 10, 2.0, 0, "constant") == 2.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):
+    out = tmp_path / "out.pt"
+    with pytest.raises(RuntimeError, match="the power went"):
+        toy_train(out, at_step(10, crash), save_seconds=-1)
+    before = out.read_bytes()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(Fault, match="not finite"):
+            toy_train(out, lambda model, step, bad=bad: toy_loss(model, step) * (bad if step == 15 else 1))
+        assert out.read_bytes() == before and list(tmp_path.iterdir()) == [out]
+    assert all(w.isfinite().all() for w in read(out)["model"].values()) and read(out)["step"] == 10
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "file"
+    replace_file(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the n")
+        file.flush()
+        assert path.read_bytes() == b"old"  # a reader in the middle of the writing
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        replace_file(path, fail)
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
+    replace_file(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+def saved(content, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+GOOD = {"about": {"kind": "toy"}, "ema": {"w": torch.ones(1000)}}
+
+
+def saved_in_the_old_way(content) -> bytes:
+    return saved(content, _use_new_zipfile_serialization=False)
+
+
+DAMAGED = {  # what the file holds, and what the Fault says
+    "nothing there": (None, "no such checkpoint"),
+    "empty": (b"", "cannot be read"),
+    "text": (b"hello, I am a text file\n", "cannot be read"),
+    "text that starts like a pickle": (b"some notes", "cannot be read"),
+    "cut at the end": (saved(GOOD)[:-500], "cannot be read"),
+    "cut at the start": (saved(GOOD)[:100], "cannot be read"),
+    "old, cut at the end": (saved_in_the_old_way(GOOD)[:-500], "cannot be read"),
+    "old, cut in the middle": (saved_in_the_old_way(GOOD)[:120], "cannot be read"),
+    "old, cut at the start": (saved_in_the_old_way(GOOD)[:28], "cannot be read"),
+    "a pickled object": (pickle.dumps(Path("a"), 2), "cannot be read"),
+    "a pickled dict": (pickle.dumps(dict(about=dict(kind="toy"), ema={}), 2), "cannot be read"),
+    "a saved object": (saved(Path("a")), "cannot be read"),
+    "a saved list": (saved([1, 2, 3]), "not a checkpoint of this project"),
+    "only weights": (saved({"w": torch.ones(3)}), "not a checkpoint of this project"),
+    "no weights": (saved({"about": {"kind": "toy"}}), "not a checkpoint of this project"),
+    "another kind": (saved(GOOD | {"about": {"kind": "student"}}), "holds a student, and a toy is needed"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_file_that_is_not_the_checkpoint_wanted_is_a_fault(tmp_path, what):
+    path, (content, says) = tmp_path / "x.pt", DAMAGED[what]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(Fault, match=says) as fault:
+        load_checkpoint(path, "toy")
+    assert str(path) in str(fault.value) and "\n" not in str(fault.value)
+
+
+def test_a_good_checkpoint_loads_as_any_of_the_kinds_asked_for(tmp_path):
+    (tmp_path / "x.pt").write_bytes(saved(GOOD))
+    assert same(load_checkpoint(tmp_path / "x.pt", ("student", "toy")), GOOD)
+
+
+def test_a_pickle_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "evil",))
+
+    for content in (pickle.dumps(Evil(), 2), saved(GOOD | {"extra": Evil()})):
+        (tmp_path / "x.pt").write_bytes(content)
+        with pytest.raises(Fault, match="cannot be read"):
+            load_checkpoint(tmp_path / "x.pt", "toy")
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("content, says", [
+    pytest.param(saved(GOOD), "holds another training", id="another training"),
+    pytest.param(saved(GOOD)[:-500], "cannot be read", id="cut"),
+    pytest.param(b"a thesis", "cannot be read", id="text"),
+    pytest.param(saved(GOOD | {"about": {"kind": "student"}}), "holds a student", id="another kind"),
+])
+def test_what_is_in_the_way_is_a_fault_and_is_not_overwritten(tmp_path, content, says):
+    out = tmp_path / "out.pt"
+    out.write_bytes(content)
+    with pytest.raises(Fault, match=says):
+        toy_train(out)
+    assert out.read_bytes() == content and list(tmp_path.iterdir()) == [out]
+
+
+def test_another_training_in_the_way_is_told_apart_by_one_setting(tmp_path):
+    out, other = tmp_path / "out.pt", copy.deepcopy(ABOUT)
+    other["training"]["lr"] = 0.2
+    toy_train(out)
+    before = out.read_bytes()
+    with pytest.raises(Fault, match="lr is 0.1 there, not 0.2"):
+        toy_train(out, about=other)
+    assert out.read_bytes() == before
+
+
+def test_weights_of_another_model_are_a_fault(tmp_path):
+    with pytest.raises(Fault, match="x.pt holds the weights of another model"):
+        training.load_weights(nn.Linear(3, 4), nn.Linear(3, 5).state_dict(), "x.pt")
+
+
+def test_an_export_holds_the_weights_in_half_precision(tmp_path):
+    weights = {"w": torch.randn(5, 4), "count": torch.tensor(70000)}  # an integer stays one
+    training.export(tmp_path / "x.pt", ABOUT, weights)
+    expected = {"w": weights["w"].to(torch.float16), "count": weights["count"]}
+    assert same(load_checkpoint(tmp_path / "x.pt", "toy"), {"about": ABOUT, "ema": expected})
+
+
+def test_a_fingerprint_tells_weights_apart():
+    weights = toy_model().state_dict()
+    other = copy.deepcopy(weights)
+    assert fingerprint(other) == fingerprint(dict(reversed(weights.items()))) == fingerprint(weights)
+    other["2.weight"][0, 5] += 1e-6
+    assert fingerprint(other) != fingerprint(weights)
+    assert fingerprint({"a": weights["0.bias"]}) != fingerprint({"b": weights["0.bias"]})
+
+
+# ---- devices --------------------------------------------------------------------------------------------------------
+
+def test_devices(monkeypatch):
+    assert torch.ones(2, device=pick_device("auto")).sum() == 2 and pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(Fault, match="no device is called 'abacus'"):
+        pick_device("abacus")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(Fault, match=f"no {name} device"):
+            pick_device(name)
