@@ -165,6 +165,8 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     unreadable."""
     try:
         with Image.open(path) as image:
+            if image.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Fault(f"cannot read the image {path} ({str(error).splitlines()[0]}): repair it or remove it") from None
@@ -226,18 +228,24 @@ def record(meta: dict) -> np.dtype:
 def read_meta(folder: Path) -> dict | None:
     """The meta.json of a folder of trajectories; None where there is none. Raises Fault if it is damaged."""
     try:
-        return json.loads((Path(folder) / "meta.json").read_text())
+        return dict(json.loads((Path(folder) / "meta.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError:
+    except (ValueError, TypeError):
         raise Fault(f"{folder}/meta.json is damaged: remove the folder and write the trajectories again") from None
 
 
-def shards(folder: Path, meta: dict) -> dict[int, Path]:
-    """The shards of a folder by number. One that was cut short or has grown does not count."""
-    bytes_of_data = SHARD * record(meta).itemsize
-    whole = [f for f in sorted(Path(folder).glob("[0-9]*.npy")) if 0 < f.stat().st_size - bytes_of_data < 1024]
-    return {int(f.stem): f for f in whole}
+def shards(folder: Path, meta: dict) -> dict[int, np.memmap]:
+    """The shards of a folder by number, memory-mapped. One that is damaged, cut short or grown does not count."""
+    found = {}
+    for file in sorted(Path(folder).glob("[0-9]*.npy")):
+        try:
+            rows = np.load(file, mmap_mode="r")
+        except (ValueError, EOFError):
+            continue
+        if (rows.shape, rows.dtype) == ((SHARD,), record(meta)) and file.stat().st_size == rows.offset + rows.nbytes:
+            found[int(file.stem)] = rows
+    return found
 
 
 def start_trajectories(folder: Path, meta: dict, count: int) -> list[int]:
@@ -288,10 +296,7 @@ class Trajectories:
         self.meta, self.kind = meta, kind
         self.marks = choose_marks(len(meta["marks"]), S)
         self.times = [meta["times"][i] for i in (0, *self.marks)]
-        try:
-            self.files = [np.load(f, mmap_mode="r") for f in shards(folder, meta).values()]
-        except ValueError as error:
-            raise Fault(f"{folder} holds a damaged shard ({error}): remove the folder and write it again") from None
+        self.files = list(shards(folder, meta).values())
         if not self.files:
             raise Fault(f"no whole shard in {folder}: write the trajectories again")
         self.count = min(count or len(self.files) * SHARD, len(self.files) * SHARD)
@@ -334,12 +339,12 @@ def main():
     add = parser.add_argument
     add("--data", default="shapes", help="shapes, or a folder of images ROOT/<class>/*.png (default: shapes)")
     add("--image-size", type=positive, default=16, help="pixels of an image's side (default: 16)")
-    add("--out", type=Path, default="runs/data.png", help="the picture to write (default: runs/data.png)")
+    add("--out", type=Path, default=Path("runs/data.png"), help="the picture to write (default: runs/data.png)")
     args = parser.parse_args()
     if args.data == "points":
         raise Fault("points are not pictures: `python distill.py --preset points` draws them in the plane")
     images, labels = load(args.data, args.image_size, count=100).draw(100, stream(0, 0))
-    out = writable(args.out)
+    out = writable(args.out.with_suffix(".png"))
     grid(images[labels.argsort()], columns=10).save(out)
     print(f"wrote {out}")
 

@@ -31,8 +31,8 @@ from model import HISTORIES, DiT
 from presets import STUDENTS, TEACHERS, choose
 from sample import compare, figure, table
 from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
-from training import (Fault, autocast, command, export, fingerprint, load_weights, machine_flags, make_folder,
-                      pick_device, positive, save_json, train)
+from training import (Fault, autocast, command, export, fingerprint, load_weights, make_folder, pick_device,
+                      positive, save_json, train, training_flags, whole)
 
 
 def ard_loss(model, about: dict, x, y):
@@ -75,7 +75,7 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
             checkpointing=False, seed=0):
     """Train a student into the file `out`; returns (model, about, losses). Continues what is there."""
     student.to(device).checkpointing = checkpointing
-    meta, path = trajectories.meta, PATHS[about["path"]]()
+    meta, path = trajectories.meta, PATHS[about["path"]]
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     about = about | {key: meta[key] for key in ("teacher", "guidance", "steps")} | dict(
         marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each state
@@ -106,17 +106,13 @@ def main():
     add("--count", type=positive, help="trajectories to train on")
     add("--steps", type=positive, help="the student's steps S: 1, 2, 4 or 8")
     add("--history", choices=HISTORIES, help="which earlier states a state may read")
-    add("--history-layers", type=int, help="in how many of the lowest layers; 0 is step distillation")
+    add("--history-layers", type=whole, help="in how many of the lowest layers; 0 is step distillation")
     add("--trajectory", choices=("states", "clean"), help="learn the states themselves, or the clean predictions")
     add("--output", choices=("direction", "state"), help="put out what the Euler step needs, or the next state itself")
     add("--step-heads", action=argparse.BooleanOptionalAction,
         help="an output layer for each step instead of one for all")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
-    add("--iterations", type=positive, help="training steps")
-    add("--batch", type=positive, help="trajectories a training step")
-    add("--lr", type=float, help="highest learning rate")
-    add("--seed", type=int, default=0, help="of the batches (default: 0)")
-    machine_flags(add, training=True)
+    training_flags(add)
     args = parser.parse_args()
 
     preset = choose(STUDENTS, args)
@@ -137,7 +133,6 @@ def main():
                                      args.checkpointing, args.seed)
     if args.export:
         export(args.export, about, student.state_dict())
-        print(f"wrote {args.export}")
 
     rows, states, y = compare(teacher, teacher_about, student, about, device, args.bf16)
     print("", table(rows, {"calls": "d", "error": ".5f", "ms": ".2f"}), "", sep="\n")

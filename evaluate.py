@@ -11,6 +11,7 @@ this program trains when it first needs it. They compare methods on one data set
 
     python evaluate.py                              the shapes student that ships with the repository
     python evaluate.py runs/shapes runs/n0          several runs of one teacher, side by side
+    python evaluate.py --flops DiT-XL/2             what a network costs, by count: 4 states, history in 6 layers
 
 The table goes to the screen and evaluation.json; the pictures are evaluation.png and samples.png.
 """
@@ -25,10 +26,11 @@ from einops import rearrange
 from torch import nn
 
 import data
+from model import HISTORIES, DiT, size
 from sample import HELD_OUT, compare, figure, methods, seen, table
 from teacher import ASSETS, PATHS, advance, load_network
 from training import (Fault, Progress, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
-                      positive, save_json, train, writable)
+                      positive, save_json, train, whole, writable)
 
 # ---- 1. Features ----------------------------------------------------------------------------------------------------
 
@@ -122,7 +124,7 @@ def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[s
     S, marks = about["S"], torch.tensor(about["marks"])
     truth = teacher_states[:, [0, *marks]]  # (b, S + 1, c, h, w)
     if about["trajectory"] == "clean":
-        grid = PATHS[about["path"]]().grid(about["steps"]).to(truth.device)
+        grid = PATHS[about["path"]].grid(about["steps"]).to(truth.device)
         truth = torch.cat([truth[:, :1], seen(about, teacher_states, grid)[:, marks - 1]], 1)
     times, told = (torch.tensor(about[key], device=truth.device) for key in ("times", "told"))
     forced = advance(about, student(truth[:, :S], told, y).float(), truth[:, :S], times[:-1], times[1:])
@@ -130,7 +132,26 @@ def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[s
             for name, x in (("forced", forced), ("own", own_states[:, 1:]))}
 
 
-# ---- 4. The program -------------------------------------------------------------------------------------------------
+# ---- 4. Cost --------------------------------------------------------------------------------------------------------
+
+def costs_of(name: str, image_size: int, channels: int, S: int, history_layers: int) -> dict[str, dict]:
+    """What reading S states costs a network of that size, without history and with each kind: {row: {"gmacs",
+    "percent"}}, billions of multiply-accumulates an image, and how much that is above no history. Nothing is allocated.
+    Raises Fault for a configuration that cannot be."""
+    rows = {}
+    for history in HISTORIES:
+        try:
+            with torch.device("meta"):
+                model = DiT(image_size=image_size, channels=channels, classes=1000, **size(name), history=history,
+                            history_layers=history_layers)
+        except ValueError as error:
+            raise Fault(str(error)) from None
+        macs = model.macs(S)
+        rows[f"{history} history"] = dict(gmacs=macs / 1e9, percent=100 * (macs / (S * model.macs()) - 1))
+    return rows
+
+
+# ---- 5. The program -------------------------------------------------------------------------------------------------
 
 COLUMNS = {"calls": "d", "gmacs": ".4f", "ms": ".2f", "error": ".5f", "frechet": ".3f", "above": ".3f",
            "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
@@ -207,8 +228,17 @@ def main():
     add("--data", help="the data set, where it is no longer where the teacher saw it")
     add("--count", type=positive, default=5000, help="generated and real images to compare (default: 5000)")
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder for the results (default: runs/evaluation)")
-    machine_flags(add, training=False)
+    add("--flops", metavar="SIZE/PATCH", help="instead: count the arithmetic of a network, of these four properties:")
+    add("--image-size", type=positive, default=32, help="pixels, or latents, of a side (default: 32, 256 pixels)")
+    add("--channels", type=positive, default=4, help="of its images or latents (default: 4)")
+    add("--steps", type=positive, default=4, help="states it reads (default: 4)")
+    add("--history-layers", type=whole, default=6, help="layers that read the history (default: 6)")
+    machine_flags(add)
     args = parser.parse_args()
+    if args.flops:
+        rows = costs_of(args.flops, args.image_size, args.channels, args.steps, args.history_layers)
+        print(table(rows, {"gmacs": ".2f", "percent": ".2f"}))
+        return
     if args.count < 200:
         raise Fault("64 features need at least 200 images: raise --count")
 

@@ -25,8 +25,8 @@ slice the keys instead. Sampling one block at a time with a `KVCache` runs the v
 
 This file knows nothing of noise, data or losses. Parameter names are the public DiT's. To see it work:
 
-    model = DiT(image_size=16, channels=3, classes=10, **size("DiT-T/4"), history_layers=2) model(torch.randn(8, 4, 3,
-    16, 16), t=torch.tensor([999.0, 750.0, 500.0, 250.0]), y=torch.zeros(8, dtype=torch.long))
+    model = DiT(image_size=16, channels=3, classes=10, **size("DiT-T/4"), history_layers=2)
+    model(torch.randn(8, 4, 3, 16, 16), t=torch.tensor([999, 750, 500, 250]), y=torch.zeros(8, dtype=torch.long))
 """
 
 import math
@@ -259,6 +259,8 @@ class DiT(nn.Module):
             x = self.final_layer(x, c)
         else:
             heads = [getattr(self, name) for name in self.head_names[first : first + s]]
+            if len(heads) < s:
+                raise ValueError(f"a student with {len(self.head_names)} output layers cannot take step {first + s}")
             x = torch.cat([head(x[:, i : i + 1], c[:, i : i + 1]) for i, head in enumerate(heads)], dim=1)
         if cache is not None:
             cache.seen += s

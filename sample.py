@@ -25,7 +25,7 @@ import data
 from model import KVCache
 from teacher import ASSETS, PATHS, advance, load_network, over, solve
 from training import (Fault, Progress, autocast, command, machine_flags, make_folder, pick_device, positive,
-                      replace_file, synchronise, writable)
+                      replace_file, strength, synchronise, whole, writable)
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def seen(about: dict, states, times):
     """What the states of a trajectory (b, s + 1, c, h, w) promise: the clean images x̂_0 (b, s, c, h, w) that each
     Euler step aimed at, from x = α·x̂_0 + σ·ε̂ before and after the step. Shows coarse become fine, which noisy
     states hide."""
-    path, t, t_next = PATHS[about["path"]](), times[:-1], times[1:]
+    path, t, t_next = PATHS[about["path"]], times[:-1], times[1:]
     a, s, a_next, s_next = (over(f(t_), states) for t_ in (t, t_next) for f in (path.alpha, path.sigma))
     return (s * states[:, 1:] - s_next * states[:, :-1]) / (s * a_next - s_next * a)
 
@@ -158,7 +158,7 @@ def parse_labels(words: list[str], classes: list[str]) -> list[int]:
     """Class names or numbers to numbers. Raises Fault for what is neither."""
     labels = []
     for word in words:
-        label = classes.index(word) if word in classes else int(word) if word.isdigit() else -1
+        label = classes.index(word) if word in classes else int(word) if word.isdecimal() else -1
         if not 0 <= label < len(classes):
             names = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
             raise Fault(f"no class {word!r}: give numbers from 0 to {len(classes) - 1}, or names ({names})")
@@ -172,15 +172,15 @@ def main():
     add("checkpoint", type=Path, nargs="?", default=ASSETS / "shapes-student.pt", help="student or teacher (.pt)")
     add("--count", type=positive, default=64, help="images (default: 64)")
     add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn (default: random)")
-    add("--seed", type=int, default=0, help="same seed, same images, at any --batch (default: 0)")
+    add("--seed", type=whole, default=0, help="same seed, same images, at any --batch (default: 0)")
     add("--steps", type=positive, help="a teacher's Euler steps (default: its own; a student has its fixed number)")
-    add("--guidance", type=float, help="a teacher's guidance (default: its own; a student has it built in)")
+    add("--guidance", type=strength, help="a teacher's guidance (default: its own; a student has it built in)")
     add("--out", type=Path, default=Path("runs/samples"), help="folder for the results (default: runs/samples)")
     add("--png", action="store_true", help="also write every image as a PNG of its own")
     add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
     add("--trajectory", action="store_true", help="also draw the way there, for the first eight images")
     add("--batch", type=positive, default=256, help="images at a time (default: 256)")
-    machine_flags(add, training=False)
+    machine_flags(add)
     args = parser.parse_args()
 
     device, out = pick_device(args.device), make_folder(args.out)
@@ -220,7 +220,7 @@ def main():
         rows = [first]
         if about["kind"] == "teacher" or about["output"] == "direction":
             times = about["times"] if about["kind"] == "student" else \
-                PATHS[about["path"]]().grid(args.steps or about["steps"]).tolist()
+                PATHS[about["path"]].grid(args.steps or about["steps"]).tolist()
             rows.append(seen(about, first, torch.tensor(times, device=device)))
         sheet = rearrange(torch.cat(rows, 1), "b s c h w -> (s b) c h w")
         data.grid(sheet, columns=len(first)).save(writable(out / "trajectory.png"))

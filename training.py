@@ -3,10 +3,9 @@ resuming.
 
 The rules that the rest of the project relies on:
 
-  - A checkpoint is one file, {"about", "ema", "model", "optimiser", "step", "losses"}. `about` is a plain dict that
-  says what
-    the file is and how it came to be; it must agree before a run is continued. A file is written aside and renamed,
-    so it is whole or it is not there. It loads with `weights_only=True`.
+  - A checkpoint is one file: {"about", "ema", "model", "optimiser", "step", "losses", "partial"}. `about` is a plain
+    dict that says what the file is and how it came to be; it must agree before a run is continued. A file is written
+    aside and renamed, so it is whole or it is not there. It loads with `weights_only=True`.
   - A batch is a function of (seed, step), so a run that was interrupted and started again takes the very same steps.
   - The user's mistakes are `Fault`s: one line, exit status 1, no traceback. Ctrl-C finishes the step, saves, and
   exits with 130.
@@ -18,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -45,20 +43,37 @@ def command(main):
         sys.exit(130)
 
 
-def positive(text: str) -> int:
-    """For argparse: a whole number from 1 up."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
-    return int(text)
+def number(kind, least, most=math.inf):
+    """For argparse: an int or a float (`kind`) with least ≤ number < most."""
+    def parse(text):
+        try:
+            if least <= kind(text) < most:
+                return kind(text)
+        except ValueError:
+            pass
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least} up")
+    return parse
 
 
-def machine_flags(add, training: bool):
-    """The flags that every program has, and those that every training has; `add` is a parser's add_argument."""
+whole, positive, strength = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0)
+
+
+def machine_flags(add):
+    """The flags that every program has; `add` is a parser's add_argument."""
     add("--device", default="auto", help="auto (CUDA, then MPS, then the CPU), cuda, mps or cpu (default: auto)")
     add("--bf16", action="store_true", help="matrix products in bfloat16")
-    if training:
-        add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
-        add("--export", type=Path, help="also write the result, in float16 and for use only, to this file")
+
+
+def training_flags(add):
+    """The flags of every training."""
+    add("--iterations", type=positive, help="training steps")
+    add("--batch", type=positive, help="samples a step")
+    add("--lr", type=strength, help="highest learning rate")
+    add("--seed", type=whole, default=0, help="of weights, batches and noise (default: 0)")
+    add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
+    add("--export", type=Path, help="also write the result, in float16 and for use only, to this file")
+    machine_flags(add)
 
 
 # ---- devices --------------------------------------------------------------------------------------------------------
@@ -69,12 +84,11 @@ def pick_device(name: str = "auto") -> torch.device:
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not mps):
+    if name not in ("cuda", "mps", "cpu"):
+        raise Fault(f"no device is called {name!r} here: use auto, cuda, mps or cpu")
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
         raise Fault(f"this machine, or this build of PyTorch, has no {name} device: use --device auto")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise Fault(f"no device is called {name!r}: use auto, cuda, mps or cpu") from None
+    device = torch.device(name)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
@@ -158,7 +172,7 @@ def replace_file(path: Path, write):
 
 def difference(there: dict, here: dict) -> str:
     """Where two descriptions differ first, in a few words."""
-    key = next(k for k in sorted(there | here) if there.get(k) != here.get(k))
+    key = next(k for k in here | there if there.get(k) != here.get(k))
     a, b = there.get(key), here.get(key)
     return difference(a, b) if isinstance(a, dict) and isinstance(b, dict) else f"{key} is {a} there, not {b}"
 
@@ -175,7 +189,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...]) -> dict:
         raise Fault(f"no such checkpoint: {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError):
+    except Exception:  # a damaged file makes torch.load raise all sorts of things
         raise Fault(f"{path} is not a checkpoint, or is damaged (cut short?): it cannot be read") from None
     about = checkpoint.get("about") if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or "ema" not in checkpoint:
@@ -189,15 +203,16 @@ def load_weights(model: torch.nn.Module, weights: dict, path):
     """Load strictly. Raises Fault naming the first difference."""
     try:
         model.load_state_dict(weights, strict=True)
-    except (RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[1 if "\n" in str(error) else 0].strip()[:200]
         raise Fault(f"{path} holds the weights of another model: {reason}") from None
 
 
 def export(path: str | Path, about: dict, weights: dict):
-    """Write a checkpoint for use only: the averaged weights in float16."""
-    half = {name: w.half() if w.is_floating_point() else w for name, w in weights.items()}
+    """Write a checkpoint for use only: the weights, in float16."""
+    half = {name: weight.half() for name, weight in weights.items()}
     replace_file(Path(path), lambda file: torch.save({"about": about, "ema": half}, file))
+    print(f"wrote {path}")
 
 
 def fingerprint(weights: dict) -> str:
@@ -262,6 +277,8 @@ def train(title, model, loss_of, out: Path, about: dict, *, iterations, batch, l
         if state["about"] != about:
             raise Fault(f"{out} holds another training: {difference(state['about'], about)}. Choose another --out, or "
                         "remove that file")
+        if "optimiser" not in state:
+            raise Fault(f"{out} was exported, to be used only: choose another --out, or remove that file")
         load_weights(average, state["ema"], out)
         start, losses, partial = state["step"], state["losses"], state["partial"]
         if start < iterations:
@@ -283,11 +300,11 @@ def train(title, model, loss_of, out: Path, about: dict, *, iterations, batch, l
             loss = loss_of(model, step)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, clip)
+            norm = torch.nn.utils.clip_grad_norm_(weights, clip)
             optimiser.step()
             update_average(average, model, decay, step)
 
-            partial += loss.detach()
+            partial += loss.detach() + 0 * norm  # not finite if the gradient is not
             done = step + 1
             log = done % log_every == 0 or done == iterations
             keep = interrupt.asked or done == iterations or time.time() - saved > save_seconds

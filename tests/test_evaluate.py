@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import Classifier, coverage, exposure_bias, features, frechet
+from evaluate import Classifier, costs_of, coverage, exposure_bias, features, frechet
 from sample import few_step
 from teacher import solve
 from test_distill import ABOUT, random_dit, student_of
@@ -83,3 +83,11 @@ def test_features(image_size, channels):
     assert found.shape == (7, 64) and found.dtype == torch.float64 and predicted.shape == (7,)
     one, _ = features(classifier, images[4:5])
     torch.testing.assert_close(found[4:5], one, rtol=1e-4, atol=1e-5)
+
+
+def test_the_papers_cost_of_history():
+    rows = costs_of("DiT-XL/2", image_size=32, channels=4, S=4, history_layers=6)
+    assert rows["none history"]["gmacs"] == pytest.approx(474.6, abs=0.2)
+    assert rows["causal history"]["gmacs"] == pytest.approx(479.9, abs=0.2)
+    assert rows["causal history"]["percent"] == pytest.approx(1.1, abs=0.05)
+    assert rows["window history"]["percent"] == rows["anchor history"]["percent"] == pytest.approx(1.1 / 2, abs=0.03)
