@@ -135,7 +135,7 @@ def main():
         export(args.export, about, student.state_dict())
 
     rows, states, y = compare(teacher, teacher_about, student, about, device, args.bf16)
-    print("", table(rows, {"calls": "d", "error": ".5f", "ms": ".2f"}), "", sep="\n")
+    print("", table(rows, {"calls": "d", "error": ".6f", "ms": ".2f"}), "", sep="\n")
     save_json(out / "result.json", dict(about=about, rows=rows, losses=losses, seconds=round(time.time() - began)))
     shown = 100 if about["model"]["image_size"] == 1 else 16
     figure({name: s[:shown] for name, s in states.items()}, out / "samples.png", y[:shown])

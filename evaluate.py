@@ -29,7 +29,7 @@ import data
 from model import HISTORIES, DiT, size
 from sample import HELD_OUT, compare, figure, methods, seen, table
 from teacher import ASSETS, PATHS, advance, load_network
-from training import (Fault, Progress, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
+from training import (Fault, Progress, at_once, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
                       positive, save_json, train, whole, writable)
 
 # ---- 1. Features ----------------------------------------------------------------------------------------------------
@@ -153,14 +153,14 @@ def costs_of(name: str, image_size: int, channels: int, S: int, history_layers: 
 
 # ---- 5. The program -------------------------------------------------------------------------------------------------
 
-COLUMNS = {"calls": "d", "gmacs": ".4f", "ms": ".2f", "error": ".5f", "frechet": ".3f", "above": ".3f",
+COLUMNS = {"calls": "d", "gmacs": ".4f", "ms": ".2f", "error": ".6f", "frechet": ".3f", "above": ".3f",
            "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
 
 
-def generate(run, about: dict, count: int, device, bf16=False, title="sampling", batch=500):
+def generate(run, about: dict, count: int, device, bf16=False, title="sampling"):
     """`count` images (N, c, h, w) by a way of sampling, (x_T, y) -> states, from held-out noises; and their
     labels."""
-    images, labels = [], []
+    images, labels, batch = [], [], at_once(device)
     for start in Progress(title, range(0, count, batch), unit="images", weight=batch):
         x_T, y = data.noise_and_labels(about, HELD_OUT, range(start, min(start + batch, count)))
         with autocast(device, bf16):
@@ -280,7 +280,7 @@ def main():
             print(f"{name}: error per step, fed {'the teacher' if fed == 'forced' else 'its own'}: "
                   + "  ".join(f"{e:.6f}" for e in curve[fed]))
     save_json(out / "evaluation.json", dict(count=args.count, device=str(device), rows=rows, exposure=curves,
-                                            runs={name: about for name, _, _, about in students}))
+                                            runs={name: about for name, (_, about) in students.items()}))
     draw(curves, rows, out / "evaluation.png")
     number = 100 if about["model"]["image_size"] == 1 else 16
     figure({name: s[:number] for name, s in shown.items() if "shuffled" not in name}, out / "samples.png", y[:number])

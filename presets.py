@@ -14,7 +14,7 @@ TEACHERS = {
         iterations=4000, batch=512, lr=2e-3, decay=0.995, guidance=1.0, steps=24, count=16384),
     "shapes": dict(
         data="shapes", image_size=16, channels=3, flip=False, size="T/4", path="flow", predicts="v",
-        iterations=12000, batch=256, lr=2e-3, decay=0.999, guidance=2.0, steps=24, count=6144),
+        iterations=12000, batch=256, lr=2e-3, decay=0.999, guidance=1.25, steps=24, count=10240),
     "shapes64": dict(
         data="shapes", image_size=64, channels=3, flip=False, size="S/4", path="flow", predicts="v",
         iterations=20000, batch=256, lr=5e-4, decay=0.999, guidance=2.0, steps=24, count=16384),
@@ -27,7 +27,7 @@ TEACHERS = {
 STUDENTS = {
     "points": dict(
         steps=4, history="causal", history_layers=6, trajectory="clean", output="state", step_heads=False, told=None,
-        iterations=3000, batch=512, lr=1e-3, decay=0.995),
+        iterations=2000, batch=256, lr=1e-3, decay=0.995),
     "shapes": dict(
         steps=4, history="causal", history_layers=2, trajectory="states", output="direction", step_heads=False,
         told=None, iterations=700, batch=64, lr=1e-3, decay=0.99),

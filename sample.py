@@ -128,27 +128,25 @@ def figure(rows: dict[str, torch.Tensor], out: Path, y):
 
     first = next(iter(rows.values()))
     if first.shape[-1] == 1:
-        page, axes = plt.subplots(1, len(rows), figsize=(3.6 * len(rows), 3.9), sharex=True, sharey=True, squeeze=False)
-        real, real_y = data.load("points", 1, count=1500).batch(slice(None))
+        page, axes = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.8), squeeze=False)
+        real = data.load("points", 1, count=1500).images[:, :, 0, 0]
+        target = rearrange(first[:, -1].cpu(), "b xy 1 1 -> b xy")
         for axis, (name, states) in zip(axes[0], rows.items(), strict=True):
-            axis.scatter(*real[:, :, 0, 0].T, s=2, color="0.85", zorder=0)
-            for path, label in zip(rearrange(states.cpu(), "b s xy 1 1 -> b s xy"), y.tolist(), strict=True):
-                axis.plot(*path.T, "-", color=f"C{label}", linewidth=0.6, alpha=0.7, marker=".", markersize=1.5)
-                axis.plot(*path[-1], "o", color=f"C{label}", markersize=3)
-            axis.set_title(name, fontsize=10)
-            axis.set_aspect("equal")
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.scatter(*real.T, s=2, color="0.85", zorder=0)
+            for path, label, goal in zip(states[..., 0, 0].cpu(), y.tolist(), target, strict=True):
+                axis.plot(*path.T, color=f"C{label}", linewidth=0.7, alpha=0.35, marker=".", markersize=2)
+                axis.plot(*path[-1], "o", color=f"C{label}", markersize=3.5)
+                axis.plot(*torch.stack([path[-1], goal]).T, color="red", linewidth=2, solid_capstyle="butt")
+            axis.set(title=name, aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
     else:
         page, axes = plt.subplots(len(rows), 1, figsize=(10, 10.4 / len(first) * len(rows)), squeeze=False)
         for axis, (name, states) in zip(axes[:, 0], rows.items(), strict=True):
             axis.imshow(data.grid(states[:, -1], columns=len(states)))
             axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     page.tight_layout()
-    page.savefig(writable(out), dpi=130)
+    page.savefig(writable(out), dpi=110)
     plt.close(page)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -84,14 +85,19 @@ def pick_device(name: str = "auto") -> torch.device:
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if name not in ("cuda", "mps", "cpu"):
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
         raise Fault(f"no device is called {name!r} here: use auto, cuda, mps or cpu")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not mps):
+    if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not mps):
         raise Fault(f"this machine, or this build of PyTorch, has no {name} device: use --device auto")
     device = torch.device(name)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
+
+
+def at_once(device: torch.device) -> int:
+    """Samples to compute at a time: what a CPU's cache holds (1.5 times as fast as 256), or what fills a GPU."""
+    return 32 if device.type == "cpu" else 256
 
 
 def autocast(device: torch.device, bf16: bool):
