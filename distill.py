@@ -16,8 +16,8 @@ distillation.
     python distill.py --history-layers 0 --out runs/n0    the same without history: the baseline
     python distill.py --preset points                     points in the plane (first: python teacher.py --preset points)
 
-A run leaves student.pt, samples.png and result.json in its folder. Started again, it continues; when done, it
-evaluates.
+A run leaves student.pt, samples.png and result.json in its folder, --out. Started again, it continues; when done, it
+evaluates. Trajectories are written where there are none, into runs/PRESET/trajectories: several runs share them.
 """
 
 import argparse
@@ -38,8 +38,9 @@ from training import (Fault, autocast, command, export, fingerprint, load_weight
 def ard_loss(model, about: dict, x, y):
     """The mean over the S steps of || x̂_{τ_{s-1}} − x_{τ_{s-1}} ||², teacher-forced.
 
-    x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first; y: (b,). The model reads the first S states and
-    is asked for the last S: the same sequence, one step ahead."""
+    x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first: of states, or of clean predictions, which carry
+    the times of the states at their marks; y: (b,). The model reads the first S and is asked for the last S: the same
+    sequence, one step ahead."""
     times, told = (torch.tensor(about[key], device=x.device) for key in ("times", "told"))
     history, target = x[:, :-1], x[:, 1:]  # (b, S, c, h, w)
     output = model(history, told, y).float()
@@ -78,7 +79,7 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     meta, path = trajectories.meta, PATHS[about["path"]]
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     about = about | {key: meta[key] for key in ("teacher", "guidance", "steps")} | dict(
-        marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each state
+        marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each of the S states
         times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
         training=dict(**fit, seed=seed, count=len(trajectories), noise=meta["seed"]))
 
@@ -118,7 +119,7 @@ def main():
     preset = choose(STUDENTS, args)
     device, runs = pick_device(args.device), Path("runs") / args.preset
     out = make_folder(args.out or runs)
-    data.choose_marks(MARKS, preset["steps"])  # a wrong number of steps is better told before the work than after
+    data.choose_marks(MARKS, preset["steps"])  # better to refuse a wrong number of steps before the work than after
     began = time.time()
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
     student, about = make_student(teacher, teacher_about, preset)

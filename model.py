@@ -1,14 +1,14 @@
 """The diffusion transformer (DiT) over a trajectory: the one network of this project.
 
-A *trajectory* is a short list of images x_{τ_S}, …, x_{τ_1}: the states that an ODE passes on its way from noise to a
-picture. A diffusion model reads one state and says where to go. The student of AutoRegressive Distillation (ARD,
-arXiv 2504.11295) reads *all the states so far*, its history, and says where to go next. Both are this class:
+A *trajectory* is a short list of images x_{τ_S}, …, x_{τ_0}: what an ODE passes on its way from the noise x_{τ_S} = x_T
+to a picture, x_{τ_0}. A diffusion model reads one of them and says where to go. The student of AutoRegressive
+Distillation (ARD, arXiv 2504.11295) reads *all so far*, its history, and says where to go next. Both are this class:
 
     teacher   x of shape (b, 1, c, h, w): a trajectory of one state; history_layers = 0
-    student   x of shape (b, s, c, h, w): s states, which we call *blocks*, of n tokens each
+    student   x of shape (b, s, c, h, w): s states, the *blocks* of its sequence, of n tokens each
+              (a block is always that, except in the names `Block` and `blocks`: the public DiT's, for its layers)
 
-The student differs from Peebles & Xie's DiT (arXiv 2212.09748) in two ways only, so it can start from the teacher's
-weights:
+The student differs from Peebles & Xie's DiT (arXiv 2212.09748) in two ways, and starts from the teacher's weights:
 
   1. every block carries its own time (the paper's "token-wise time embedding");
   2. in the lowest N = `history_layers` layers, a block also attends to earlier blocks. Above, it sees only itself.
@@ -16,9 +16,9 @@ weights:
 
          none (M1)         window (M2)       anchor (M3)       causal (M4)
          x_T  ■ · · ·      ■ · · ·           ■ · · ·           ■ · · ·
-         x_3  · ■ · ·      ■ ■ · ·           ■ ■ · ·           ■ ■ · ·
-         x_2  · · ■ ·      · ■ ■ ·           ■ · ■ ·           ■ ■ ■ ·
-         x_1  · · · ■      · · ■ ■           ■ · · ■           ■ ■ ■ ■
+         τ_3  · ■ · ·      ■ ■ · ·           ■ ■ · ·           ■ ■ · ·
+         τ_2  · · ■ ·      · ■ ■ ·           ■ · ■ ·           ■ ■ ■ ·
+         τ_1  · · · ■      · · ■ ■           ■ · · ■           ■ ■ ■ ■
 
 No mask tensor is ever built. A block-wise mask is just a choice of which keys to hand to a block's queries, so we
 slice the keys instead. Sampling one block at a time with a `KVCache` runs the very same lines.
@@ -239,7 +239,7 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y, cache: KVCache | None = None):
         """x: s states (b, s, c, h, w); t: their times, (s,) or (b, s), in the unit the model was trained with (0 …
-        999); y: labels (b,). Returns one image per state, (b, s, c, h, w): the prediction made at each block.
+        1000); y: labels (b,). Returns one image per state, (b, s, c, h, w): the prediction made at each block.
 
         With a `cache`, x holds only the *next* states: those read before are remembered."""
         b, s = x.shape[:2]
@@ -268,8 +268,8 @@ class DiT(nn.Module):
         return x[:, :, : self.channels]  # (b, s, c, h, w)
 
     def macs(self, blocks: int = 1) -> int:
-        """Multiply-accumulates of reading a trajectory of that many blocks, for one image: 118.6 G for DiT-XL/2 (one
-        FLOP count's "FLOP" is often one of these). With a cache or without, the work is the same."""
+        """Multiply-accumulates of reading a trajectory of that many blocks, for one image: 118.6 G for DiT-XL/2 (which
+        papers call FLOPs). With a cache or without, the work is the same."""
         n, d, depth = self.grid**2, self.width, len(self.blocks)
         out = self.final_layer.linear.out_features
         tokens = n * (self.channels * self.patch**2 * d + depth * 12 * d * d + d * out)  # qkv 3, proj 1, MLP 8

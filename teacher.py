@@ -6,8 +6,8 @@ network that has seen x_t, t and a label estimates the pair (x̂_0, ε̂) behind
     x_{t'} = α(t')·x̂_0 + σ(t')·ε̂                                                                          (Euler)
 
 is one Euler step of the probability-flow ODE, whatever the path. In the coordinates x/α against σ/α it is Euler's
-method to the letter; on the flow-matching path it equals x + (t' − t)·v; on DDPM's path it is the DDIM step. So one
-solver serves all.
+method to the letter (wherever α > 0); on the flow-matching path it equals x + (t' − t)·v; on DDPM's path it is the
+DDIM step. So one solver serves all.
 
     python teacher.py --preset points                 trains a teacher, into runs/points/teacher.pt
     python teacher.py trajectories --preset shapes    solves its ODE from thousands of noises (distill.py does it too)
@@ -117,8 +117,8 @@ def advance(about: dict, output, x, t, t_next):
     """A student's output as its next state. about["output"] says what the student puts out:
 
         "state"      the next state itself, as in the paper
-        "direction"  what its teacher predicts (v, say), with which it takes the Euler step from t to t_next. Without
-                     history such a student starts as the teacher taking few steps, instead of as noise.
+        "direction"  what its teacher predicts (v, say), with which it takes the Euler step from t to t_next. With the
+                     teacher's weights and no history, it starts as the unguided teacher taking few steps.
     """
     if about["output"] == "state":
         return output
@@ -288,11 +288,11 @@ def main():
     if args.export:
         export(args.export, about, model.state_dict())
     if preset["data"] != "points":
-        y = torch.arange(80, device=device) % len(about["classes"])
+        y = torch.arange(80, device=device) % min(10, len(about["classes"]))
         x_T, _ = data.noise_and_labels(about, args.seed, range(80))
         _, states, _ = solve(model, about, x_T.to(device), y)
         data.grid(states[:, -1], columns=10).save(writable(run / "teacher.png"))
-        print(f"wrote {run / 'teacher.png'}: its images, a column a class")
+        print(f"wrote {run / 'teacher.png'}: its images of the first classes")
 
 
 if __name__ == "__main__":
