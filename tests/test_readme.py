@@ -20,7 +20,7 @@ def test_tables_are_the_measured_ones():
 
 
 def test_links_and_commands_point_to_files():
-    local = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    local = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith(("http", "#"))]
     scripts = re.findall(r"python (\w+\.py)", README)
     assert local and scripts
     assert [name for name in local + scripts if not (ROOT / name).exists()] == []
