@@ -96,7 +96,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def at_once(device: torch.device) -> int:
-    """Samples to compute at a time: what a CPU's cache holds (1.5 times as fast as 256), or what fills a GPU."""
+    """Samples to compute at a time: what a CPU's cache holds, or what fills a GPU."""
     return 32 if device.type == "cpu" else 256
 
 
