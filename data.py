@@ -1,12 +1,16 @@
 """What is learned from: images, for the teacher, and trajectories on disk, for the student.
 
-Every data set is a `Dataset`: images in [-1, 1], (c, h, w), with integer labels.
+Every data set is a `Dataset`: images in [-1, 1], (c, h, w), or latents, with integer labels.
 
     shapes    ten kinds of shapes, drawn with Pillow: as many as you want, nothing to download. The default
     points    spirals in the plane, as 1×1 images of two channels, so that a whole trajectory can be drawn on paper
     folder    your own images: ROOT/<class>/*.png|jpg|jpeg|webp, cropped and resized to the model's size
+    latents   the same, encoded once by an autoencoder: what diffusion at 256 pixels and more works on
 
-`load(...)` picks one by name. To look at one: `python data.py --data shapes` (or a folder) writes runs/data.png.
+`load(...)` picks one by name.
+
+    python data.py --data shapes                                   a look at a data set: writes runs/data.png
+    python data.py latents --images IMAGENET/train --out DIR       encode a folder, with the autoencoder of `diffusers`
 """
 
 import argparse
@@ -14,15 +18,16 @@ import colorsys
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
-from training import Fault, Progress, command, difference, make_folder, positive, replace_file, save_json, writable
+from training import (Fault, Progress, autocast, command, difference, machine_flags, make_folder, optional, part_flag,
+                      pick_device, positive, rank, replace_file, save_json, wait_for_all, world, writable)
 
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "heart", "bar", "bow")
 
@@ -33,13 +38,10 @@ class Dataset:
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: list[str], flip: bool = False):
         self.images, self.labels, self.classes, self.flip = images, labels, list(classes), flip
+        self.shape = None if images is None else tuple(images.shape[1:])
 
     def __len__(self):
         return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])
 
     def batch(self, index) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (b, c, h, w), float32 in [-1, 1], and labels (b,) of the given indices."""
@@ -167,7 +169,7 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB" if channels == 3 else "L")
+            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Fault(f"cannot read the image {path} ({str(error).splitlines()[0]}): repair it or remove it") from None
     side = min(image.size)
@@ -176,10 +178,9 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
     return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
-def folder(root: str | Path, size: int, channels: int = 3, flip: bool = True, split: str = "train") -> Dataset:
-    """The images of ROOT/<class>/, labels in the order of the sorted class names. Every tenth image of a class is
-    kept from training: split="test" gives those. Raises Fault when there is no such folder, no class or no image in
-    it."""
+def list_images(root: str | Path) -> tuple[list[str], list[tuple[Path, int, bool]]]:
+    """The classes of ROOT/<class>/, sorted by name, and their images: (file, label, whether it is kept for testing, as
+    every tenth of a class is). Raises Fault when there is no such folder, no class or no image in it."""
     root = Path(root)
     if not root.is_dir():
         raise Fault(f"no such folder of images: {root}")
@@ -189,87 +190,199 @@ def folder(root: str | Path, size: int, channels: int = 3, flip: bool = True, sp
     classes = [name for name in classes if files[name]]
     if not classes:
         raise Fault(f"no images in {root}: expected {root}/<class>/*.png (or jpg, jpeg, webp)")
-    chosen = [(path, label) for label, name in enumerate(classes) for i, path in enumerate(files[name])
-              if (i % 10 == 9) == (split == "test")]
+    return classes, [(path, label, i % 10 == 9) for label, name in enumerate(classes)
+                     for i, path in enumerate(files[name])]
+
+
+def read_images(paths, size: int, channels: int):
+    """read_image for each path, in order, several at a time."""
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(partial(read_image, size=size, channels=channels), paths)
+
+
+def folder(root: str | Path, size: int, channels: int = 3, flip: bool = True, split: str = "train") -> Dataset:
+    """The images of ROOT/<class>/, but for those kept for testing; or, with split="test", just these. Raises Fault, see
+    list_images and read_image."""
+    classes, files = list_images(root)
+    chosen = [(path, label) for path, label, test in files if test == (split == "test")]
     if not chosen:
         raise Fault(f"{root} is too small: every tenth image of a class is kept for testing, and no class has ten")
-    with ThreadPoolExecutor() as pool:
-        read = pool.map(partial(read_image, size=size, channels=channels), [path for path, _ in chosen])
-        images = np.stack(list(Progress(f"reading {len(chosen):,} images", read, len(chosen), unit="image")))
+    read = read_images([path for path, _ in chosen], size, channels)
+    images = np.stack(list(Progress(f"reading {len(chosen):,} images", read, len(chosen), unit="image")))
     return Dataset(images, np.array([label for _, label in chosen]), classes, flip=flip and split == "train")
 
 
 def load(name: str, size: int, channels: int = 3, flip: bool = False, split: str = "train",
          count: int | None = None) -> Dataset:
-    """The data set called "shapes" or "points", or else the folder of images `name`. `split`: "train" or "test",
-    disjoint. `count`: how many to make; a folder has as many as it has."""
+    """The data set called "shapes" or "points", or else the folder `name`, of latents or of images. `split`: "train" or
+    "test", disjoint. `count`: how many to make; a folder has as many as it has."""
     count = count or (50_000 if split == "train" else 5_000)
     seed = 0 if split == "train" else 1
     if name == "shapes":
         return shapes(count, size, seed)
     if name == "points":
         return points(count, seed)
+    if read_meta(name):
+        return Latents(name, split)
     return folder(name, size, channels, flip, split)
 
 
-# ---- trajectories on disk -------------------------------------------------------------------------------------------
-# A folder: meta.json says what they are; 00000.npy, 00001.npy, … are shards of SHARD trajectories each, arrays of
-# records (label, states, clean) in float16, memory-mapped when read. A shard is written whole or not at all.
+# ---- shards on disk -------------------------------------------------------------------------------------------------
+# A folder of trajectories or of latents: meta.json says what they are; 00000.npy, 00001.npy, … are shards of SHARD
+# records each (the last one may have fewer), memory-mapped when read. A shard is written whole or not at all, and
+# depends on nothing but the meta and its number: several processes and machines can write one folder.
 
 SHARD = 256
 
 
 def record(meta: dict) -> np.dtype:
-    """One trajectory: the states x_T, …, and the clean-image predictions x̂_0 at the marks."""
-    marks, shape = len(meta["marks"]), tuple(meta["shape"])
-    return np.dtype([("label", "<i4"), ("states", "<f2", (marks + 1, *shape)), ("clean", "<f2", (marks, *shape))])
+    """A trajectory: label, the states x_T, …, and the clean-image predictions x̂_0 at the marks; with meta["keep"]
+    "clean" or "states" only x_T of the states, or no predictions. Or a latent."""
+    shape = tuple(meta["shape"])
+    if "marks" not in meta:
+        return np.dtype([("label", "<i4"), ("latent", "<f2", shape)])
+    states = 1 if meta["keep"] == "clean" else 1 + len(meta["marks"])
+    clean = 0 if meta["keep"] == "states" else len(meta["marks"])
+    return np.dtype([("label", "<i4"), ("states", "<f2", (states, *shape)), ("clean", "<f2", (clean, *shape))])
 
 
 def read_meta(folder: Path) -> dict | None:
-    """The meta.json of a folder of trajectories; None where there is none. Raises Fault if it is damaged."""
+    """The meta.json of a folder of shards; None where there is none. Raises Fault if it is damaged."""
     try:
         return dict(json.loads((Path(folder) / "meta.json").read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError):
-        raise Fault(f"{folder}/meta.json is damaged: remove the folder and write the trajectories again") from None
+        raise Fault(f"{folder}/meta.json is damaged: remove the folder and write it again") from None
 
 
-def shards(folder: Path, meta: dict) -> dict[int, np.memmap]:
-    """The shards of a folder by number, memory-mapped. One that is damaged, cut short or grown does not count."""
-    found = {}
-    for file in sorted(Path(folder).glob("[0-9]*.npy")):
-        try:
-            rows = np.load(file, mmap_mode="r")
-        except (ValueError, EOFError):
-            continue
-        if (rows.shape, rows.dtype) == ((SHARD,), record(meta)) and file.stat().st_size == rows.offset + rows.nbytes:
-            found[int(file.stem)] = rows
-    return found
+def is_whole(folder: Path, meta: dict, number: int) -> bool:
+    """Whether a shard is there, and neither damaged, nor cut short, nor grown."""
+    file, size = Path(folder) / f"{number:05d}.npy", min(SHARD, meta.get("count", math.inf) - number * SHARD)
+    try:
+        rows = np.load(file, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    return (rows.shape, rows.dtype) == ((size,), record(meta)) and file.stat().st_size == rows.offset + rows.nbytes
 
 
-def start_trajectories(folder: Path, meta: dict, count: int) -> list[int]:
-    """Make the folder, or check that it holds trajectories of this `meta`; return the numbers of the shards still to
-    be written for `count` trajectories. Raises Fault when the folder holds something else."""
+class Shards:
+    """The whole shards of a folder, memory-mapped, as one array of records: shards[i] is the i-th. Some of them are
+    open at a time, since a large folder has more than a process may open."""
+
+    def __init__(self, folder: Path, meta: dict):
+        numbers = sorted(int(file.stem) for file in Path(folder).glob("[0-9]*.npy"))
+        self.files = [Path(folder) / f"{i:05d}.npy" for i in numbers if is_whole(folder, meta, i)]
+        self.open = lru_cache(maxsize=256)(partial(np.load, mmap_mode="r"))
+
+    def __len__(self):
+        return (len(self.files) - 1) * SHARD + len(self.open(self.files[-1])) if self.files else 0
+
+    def __getitem__(self, index: int):
+        return self.open(self.files[index // SHARD])[index % SHARD]
+
+
+def start_shards(folder: Path, meta: dict, count: int, part: tuple[int, int] = (0, 1)) -> list[int]:
+    """Make the folder, or check that it was made with this `meta`; return the numbers of the shards still to be written
+    for `count` records, by this process. `part` (i, k): only of every k-th shard from the i-th on. Raises Fault when
+    the folder holds something else."""
     folder = make_folder(folder)
     there = read_meta(folder)
     if there is None:
-        if any(not f.name.startswith(".") for f in folder.iterdir()):
-            raise Fault(f"{folder} holds other files: choose another folder for the trajectories")
+        if any(f.name != "meta.json" and not f.name.startswith(".") for f in folder.iterdir()):
+            raise Fault(f"{folder} holds other files: choose another folder")
         save_json(folder / "meta.json", meta)
     elif there != meta:
-        raise Fault(f"{folder} holds other trajectories: {difference(there, meta)}. "
+        raise Fault(f"{folder} holds other trajectories or latents: {difference(there, meta)}. "
                     "Choose another folder, or remove that one")
-    done = shards(folder, meta)
-    return [i for i in range(math.ceil(count / SHARD)) if i not in done]
+    todo = [i for i in range(math.ceil(count / SHARD)) if i % part[1] == part[0] and not is_whole(folder, meta, i)]
+    wait_for_all()  # so that all see the same
+    return todo[rank()::world()]
 
 
-def write_shard(folder: Path, meta: dict, number: int, labels, states, clean):
-    """labels (SHARD,), states (SHARD, m + 1, c, h, w), clean (SHARD, m, c, h, w)."""
-    rows = np.empty(SHARD, record(meta))
-    rows["label"], rows["states"], rows["clean"] = labels.cpu(), states.half().cpu(), clean.half().cpu()
+def write_shard(folder: Path, meta: dict, number: int, **columns):
+    """Write a shard from the columns of its records: arrays or tensors, the first axis the record."""
+    rows = np.empty(len(columns["label"]), record(meta))
+    for name, values in columns.items():
+        rows[name] = values.cpu() if torch.is_tensor(values) else values
     replace_file(Path(folder) / f"{number:05d}.npy", lambda file: np.save(file, rows))
 
+
+# ---- latents --------------------------------------------------------------------------------------------------------
+# At 256 pixels and more, diffusion runs in the latent space of an autoencoder, 8 times smaller each way (2112.10752).
+# Encoding is done once; `diffusers` has the network.
+
+VAE, SCALE = "stabilityai/sd-vae-ft-ema", 0.18215  # the public DiT's; the factor makes latents about unit-size
+
+
+def load_vae(name: str, device):
+    """The autoencoder of a name on a hub or a folder. Raises Fault where it, or the package, is not to be had."""
+    try:
+        return optional("diffusers").AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise Fault(f"no autoencoder {name!r} ({str(error).splitlines()[0]}): name a folder with --vae") from None
+
+
+@torch.no_grad()
+def encode(vae, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Images (b, 3, h, w) in [-1, 1] to latents (b, 4, h/8, w/8): samples of the posterior, from the given noise."""
+    posterior = vae.encode(images).latent_dist
+    return SCALE * (posterior.mean + posterior.std * noise)
+
+
+@torch.no_grad()
+def decode(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Latents (b, 4, h/8, w/8) to images (b, 3, h, w)."""
+    return vae.decode(latents / SCALE).sample
+
+
+def write_latents(root: Path, vae_name: str, out: Path, size: int, flip: bool, part, device, bf16=False):
+    """Encode the images of ROOT/<class>/ into shards; with `flip`, each and its mirror image. `part`: see start_shards.
+    Continues what is there."""
+    classes, files = list_images(root)
+    vae, copies = load_vae(vae_name, device), 1 + flip
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = [vae.config.latent_channels, size // factor, size // factor]
+    meta = dict(images=str(root), vae=vae_name, size=size, flip=flip, classes=classes, shape=shape,
+                sizes=np.bincount([label for _, label, _ in files]).tolist(), count=len(files) * copies)
+    todo = start_shards(out, meta, meta["count"], part)
+    for number in Progress("encoding", todo, unit="latents", weight=SHARD):
+        rows = range(number * SHARD, min((number + 1) * SHARD, meta["count"]))
+        chosen = [files[i // copies] for i in rows]
+        images = torch.from_numpy(np.stack(list(read_images([path for path, _, _ in chosen], size, 3))))
+        mirrored = torch.tensor([i % copies == 1 for i in rows])[:, None, None, None]
+        images = torch.where(mirrored, images.flip(-1), images).float() / 127.5 - 1
+        noise = torch.from_numpy(np.stack([stream(0, i).standard_normal(shape, dtype=np.float32) for i in rows]))
+        with autocast(device, bf16):
+            latent = [encode(vae, x.to(device), e.to(device)).half().cpu()
+                      for x, e in zip(images.split(32), noise.split(32), strict=True)]
+        write_shard(out, meta, number, label=[label for _, label, _ in chosen], latent=torch.cat(latent))
+
+
+class Latents(Dataset):
+    """A folder that write_latents made, memory-mapped. Raises Fault where some of it is still missing."""
+
+    def __init__(self, folder: str | Path, split: str = "train"):
+        meta = read_meta(folder)
+        self.shards, copies = Shards(folder, meta), 1 + meta.get("flip", False)
+        if "vae" not in meta or len(self.shards) < meta["count"]:
+            raise Fault(f"{folder} does not hold all its latents: run `python data.py latents` to its end")
+        test = np.concatenate([np.arange(copies * size) // copies % 10 == 9 for size in meta["sizes"]])
+        self.index = np.flatnonzero(test == (split == "test"))  # of the records that belong to this split
+        labels = np.repeat(np.arange(len(meta["sizes"])), copies * np.array(meta["sizes"]))[self.index]
+        super().__init__(None, labels, meta["classes"])
+        self.shape = tuple(meta["shape"])
+
+    def __len__(self):
+        return len(self.index)
+
+    def batch(self, index):
+        """Latents (b, 4, h, w), about unit-size, and labels (b,)."""
+        latents = np.stack([self.shards[i]["latent"] for i in self.index[index]])
+        return torch.from_numpy(latents).float(), torch.from_numpy(self.labels[index])
+
+
+# ---- trajectories ---------------------------------------------------------------------------------------------------
 
 def choose_marks(kept: int, S: int) -> np.ndarray:
     """Which of the `kept` marks, counted from 1, a student of S steps uses: every (kept / S)-th. Raises Fault if S
@@ -290,23 +403,25 @@ class Trajectories:
         meta = read_meta(folder)
         if meta is None:
             raise Fault(f"no trajectories in {folder}: write them with `python teacher.py trajectories`")
-        if meta["teacher"] != teacher:
-            raise Fault(f"{folder} holds trajectories of another teacher ({meta['teacher']}, not {teacher}): "
+        if meta.get("teacher") != teacher:
+            raise Fault(f"{folder} holds trajectories of another teacher ({meta.get('teacher')}, not {teacher}): "
                         "choose another --trajectories folder, or remove that one")
+        if meta["keep"] not in ("both", kind):
+            raise Fault(f"{folder} keeps the {meta['keep']} alone: use --trajectory {meta['keep']}, or write others")
         self.meta, self.kind = meta, kind
         self.marks = choose_marks(len(meta["marks"]), S)
         self.times = [meta["times"][i] for i in (0, *self.marks)]
-        self.files = list(shards(folder, meta).values())
-        if not self.files:
-            raise Fault(f"no whole shard in {folder}: write the trajectories again")
-        self.count = min(count or len(self.files) * SHARD, len(self.files) * SHARD)
+        self.shards = Shards(folder, meta)
+        if len(self.shards) < (count or 1):
+            raise Fault(f"{folder} holds {len(self.shards):,} whole trajectories of {count or 1:,}: write the others")
+        self.count = count or len(self.shards)
 
     def __len__(self):
         return self.count
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
         """Sequences (b, S + 1, c, h, w), x_T first and the endpoint last, and labels (b,)."""
-        rows = [self.files[i // SHARD][i % SHARD] for i in indices]
+        rows = [self.shards[i] for i in indices]
         if self.kind == "states":
             x = np.stack([row["states"][[0, *self.marks]] for row in rows])
         else:
@@ -323,9 +438,10 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def grid(images: torch.Tensor, columns: int, side: int = 64, gap: int = 4) -> Image.Image:
-    """One picture of many, row by row, each enlarged to about `side` pixels without smoothing."""
+    """One picture of many, row by row, each enlarged to about `side` pixels without smoothing. Of latents, the first
+    three channels are shown."""
     zoom = max(1, round(side / images.shape[-1]))
-    tiles = [Image.fromarray(tile.squeeze()) for tile in to_uint8(images)]
+    tiles = [Image.fromarray(tile.squeeze()) for tile in to_uint8(images[:, :3])]
     tiles = [tile.resize((tile.width * zoom, tile.height * zoom), Image.Resampling.NEAREST) for tile in tiles]
     cell = tiles[0].width + gap
     sheet = Image.new("RGB", (columns * cell + gap, math.ceil(len(tiles) / columns) * cell + gap), "white")
@@ -335,16 +451,27 @@ def grid(images: torch.Tensor, columns: int, side: int = 64, gap: int = 4) -> Im
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Look at a data set: writes a sheet of 100 images to runs/data.png.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", default="shapes", help="shapes, or a folder of images ROOT/<class>/*.png (default: shapes)")
-    add("--image-size", type=positive, default=16, help="pixels of an image's side (default: 16)")
-    add("--out", type=Path, default=Path("runs/data.png"), help="the picture to write (default: runs/data.png)")
+    add("job", nargs="?", choices=("look", "latents"), default="look", help="what to do (default: look)")
+    add("--data", "--images", default="shapes", help="shapes, or a folder ROOT/<class>/*.png (default: shapes)")
+    add("--image-size", type=positive, help="pixels of an image's side (default: 16; latents: 256)")
+    add("--out", type=Path, help="the picture to write (default: runs/data.png), or the folder for latents")
+    add("--vae", default=VAE, help=f"latents: the autoencoder, a folder or a hub's name (default: {VAE})")
+    add("--flip", action="store_true", help="latents: also of each image's mirror image")
+    part_flag(add)
+    machine_flags(add)
     args = parser.parse_args()
+    if args.job == "latents":
+        if args.data == "shapes" or args.out is None:
+            raise Fault("latents need a folder of images and one for the result: --images ROOT --out DIR")
+        write_latents(args.data, args.vae, args.out, args.image_size or 256, args.flip, args.part,
+                      pick_device(args.device), args.bf16)
+        return
     if args.data == "points":
         raise Fault("points are not pictures: `python distill.py --preset points` draws them in the plane")
-    images, labels = load(args.data, args.image_size, count=100).draw(100, stream(0, 0))
-    out = writable(args.out.with_suffix(".png"))
+    images, labels = load(args.data, args.image_size or 16, count=100).draw(100, stream(0, 0))
+    out = writable((args.out or Path("runs/data.png")).with_suffix(".png"))
     grid(images[labels.argsort()], columns=10).save(out)
     print(f"wrote {out}")
 

@@ -28,11 +28,11 @@ import torch
 
 import data
 from model import HISTORIES, DiT
-from presets import STUDENTS, TEACHERS, choose
+from presets import COMMON, STUDENTS, TEACHERS, choose
 from sample import compare, figure, table
 from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
-from training import (Fault, autocast, command, export, fingerprint, load_weights, make_folder, pick_device,
-                      positive, save_json, train, training_flags, whole)
+from training import (Fault, command, export, fingerprint, load_weights, make_folder, pick_device,
+                      positive, precision, rank, recompute, save_json, train, training_flags, whole, writable)
 
 
 def ard_loss(model, about: dict, x, y):
@@ -59,11 +59,11 @@ def make_student(teacher, about: dict, preset: dict):
     if preset["told"] and len(preset["told"]) != S:
         raise Fault(f"--told has {len(preset['told'])} times, and the student takes {S} steps: give one for each")
     config = about["model"] | {key: preset[key] for key in ("history", "history_layers")}
+    config["step_heads"] = S if preset["step_heads"] else 1
     try:
-        student = DiT(**config, step_heads=S if preset["step_heads"] else 1)
+        student = DiT(**config)
     except ValueError as error:
         raise Fault(str(error)) from None
-    config["step_heads"] = len(student.head_names)
     weights = teacher.state_dict()
     heads = {name.replace("final_layer", head): value for head in student.head_names
              for name, value in weights.items() if name.startswith("final_layer.")}
@@ -72,26 +72,27 @@ def make_student(teacher, about: dict, preset: dict):
                                  trajectory=preset["trajectory"])
 
 
-def distill(student, about: dict, trajectories: data.Trajectories, preset: dict, out: Path, device, bf16=False,
-            checkpointing=False, seed=0):
+def distill(student, about: dict, trajectories: data.Trajectories, preset: dict, out: Path, device, seed=0):
     """Train a student into the file `out`; returns (model, about, losses). Continues what is there."""
-    student.to(device).checkpointing = checkpointing
     meta, path = trajectories.meta, PATHS[about["path"]]
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
-    about = about | {key: meta[key] for key in ("teacher", "guidance", "steps")} | dict(
+    how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
+    about = about | {key: meta[key] for key in ("teacher", "guidance", "guided_channels", "steps")} | dict(
         marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each of the S states
         times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
         training=dict(**fit, seed=seed, count=len(trajectories), noise=meta["seed"]))
 
-    def loss(model, step):
-        x, y = trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
-        with autocast(device, bf16):
-            return ard_loss(model, about, x.to(device), y.to(device))
+    student.to(device).checkpointing = recompute(preset, student, about["S"], device)
+
+    def batch_of(step):
+        return trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
 
     config = about["model"]
     print(f"distilling into {about['S']} steps: {config['history']} history in {config['history_layers']} of "
-          f"{config['depth']} layers, {fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
-    student, losses = train("student", student, loss, out, about, **fit, warmup=fit["iterations"] // 20)
+          f"{config['depth']} layers, {fit['iterations']:,} iterations of {fit['batch']} on {device} in "
+          f"{precision(device, preset['bf16'])}, into {out}")
+    student, losses = train("student", student, batch_of, lambda model, x, y: ard_loss(model, about, x, y),
+                            out, about, **fit, warmup=fit["iterations"] // 20, **how)
     return student, about, losses
 
 
@@ -119,19 +120,27 @@ def main():
     preset = choose(STUDENTS, args)
     device, runs = pick_device(args.device), Path("runs") / args.preset
     out = make_folder(args.out or runs)
-    data.choose_marks(MARKS, preset["steps"])  # better to refuse a wrong number of steps before the work than after
+    if args.export:
+        writable(args.export)  # better refused before the work
     began = time.time()
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
     student, about = make_student(teacher, teacher_about, preset)
     folder = args.trajectories or runs / "trajectories"
-    there = data.read_meta(folder) or {}  # trajectories that are there keep their own guidance, steps and seed
-    recipe = teacher_about | {key: there[key] for key in ("guidance", "steps") if key in there}
+    there = data.read_meta(folder) or {}  # trajectories that are there keep their own guidance, steps and so on
+    solver = COMMON | TEACHERS[args.preset] | there
+    data.choose_marks(len(solver["marks"] or range(MARKS)), preset["steps"])
+    if solver["keep"] not in ("both", preset["trajectory"]):
+        raise Fault(f"of these trajectories the {solver['keep']} alone are kept: use --trajectory {solver['keep']}, or "
+                    "write others: teacher.py trajectories --keep both")
+    recipe = teacher_about | {key: there[key] for key in ("guidance", "guided_channels", "steps") if key in there}
     count = args.count or TEACHERS[args.preset]["count"]
-    write_trajectories(teacher, recipe, folder, count, device, args.bf16, there.get("seed", 0))
+    write_trajectories(teacher, recipe, folder, count, device, preset["bf16"], there.get("seed", 0), solver["marks"],
+                       solver["keep"])
     trajectories = data.Trajectories(folder, fingerprint(teacher.state_dict()), preset["steps"], preset["trajectory"],
                                      count)
-    student, about, losses = distill(student, about, trajectories, preset, out / "student.pt", device, args.bf16,
-                                     args.checkpointing, args.seed)
+    student, about, losses = distill(student, about, trajectories, preset, out / "student.pt", device, args.seed)
+    if rank() > 0:
+        return
     if args.export:
         export(args.export, about, student.state_dict())
 

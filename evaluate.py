@@ -64,12 +64,11 @@ def train_classifier(dataset: data.Dataset, about: dict, folder: Path, device, i
     torch.manual_seed(0)
     model = Classifier(**config).to(device)
 
-    def loss(model, step):
-        x, y = dataset.draw(batch, data.stream(1, step))
-        return F.cross_entropy(model(x.to(device)), y.to(device))
-
-    return train("classifier", model, loss, out, dict(kind="classifier", model=config, data=about["data"]),
-                 iterations=iterations, batch=batch, lr=2e-3)[0]
+    average, _ = train("classifier", model, lambda step: dataset.draw(batch, data.stream(1, step)),
+                       lambda model, x, y: F.cross_entropy(model(x), y), out,
+                       dict(kind="classifier", model=config, data=about["data"]),
+                       iterations=iterations, batch=batch, lr=2e-3)
+    return average
 
 
 @torch.no_grad()
@@ -78,7 +77,7 @@ def features(classifier, images, batch=500):
     are first rounded to 8 bits, as real ones are."""
     device, found, predicted = next(classifier.parameters()).device, [], []
     for x in images.split(batch):
-        if x.shape[-1] > 1:
+        if x.shape[1] in (1, 3):
             x = torch.from_numpy(data.to_uint8(x)).movedim(-1, 1) / 127.5 - 1
         feature = classifier.body(x.to(device))
         found.append(feature.cpu().double())
@@ -105,6 +104,11 @@ def coverage(points, by, k=3, block=1000) -> float:
     radius = torch.cat([torch.cdist(rows, by).kthvalue(k + 1, dim=1).values for rows in by.split(block)])  # 1st: itself
     inside = [(torch.cdist(rows, by) <= radius).any(dim=1) for rows in points.split(block)]
     return torch.cat(inside).double().mean().item()
+
+
+def some(dataset: data.Dataset, count: int):
+    """`count` images and labels of a data set, which may be sorted by class: at random, without repetition."""
+    return dataset.batch(data.stream(0, 0).permutation(len(dataset))[:count])
 
 
 def distances(classifier, images, labels, real) -> dict:
@@ -250,10 +254,10 @@ def main():
     if len(held_out) < 200:
         raise Fault(f"only {len(held_out)} real images are kept for testing, and 64 features need at least 200")
     classifier = train_classifier(train_set, about, Path("runs/classifiers"), device)
-    real_images, real_labels = held_out.batch(slice(0, args.count))
+    real_images, real_labels = some(held_out, args.count)
     real, predicted = features(classifier, real_images)
     print(f"classifier: {(predicted == real_labels).double().mean():.2%} right on {len(real):,} held-out real images")
-    rows = {"other real images": distances(classifier, *train_set.batch(slice(0, len(real))), real)}
+    rows = {"other real images": distances(classifier, *some(train_set, len(real)), real)}
 
     curves, shown = {}, {}
     for name, (student, about) in students.items():

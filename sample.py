@@ -14,6 +14,7 @@ import argparse
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from PIL import Image
 import data
 from model import KVCache
 from teacher import ASSETS, PATHS, advance, load_network, over, solve
-from training import (Fault, Progress, autocast, command, machine_flags, make_folder, pick_device, positive,
-                      replace_file, strength, synchronise, whole, writable)
+from training import (Fault, Progress, autocast, command, gather, machine_flags, make_folder, pick_device, positive,
+                      rank, replace_file, strength, synchronise, whole, world, writable)
 
 
 @torch.no_grad()
@@ -65,7 +66,7 @@ def seen(about: dict, states, times):
 
 # ---- four ways from the same noise ----------------------------------------------------------------------------------
 
-HELD_OUT = 2**32  # the seed of the noises on which students are judged; none is trained on it
+HELD_OUT = 2**34  # the seed of the noises on which students are judged; none is trained or tuned on it
 
 
 def methods(teacher, teacher_about: dict, student, about: dict) -> dict:
@@ -73,7 +74,7 @@ def methods(teacher, teacher_about: dict, student, about: dict) -> dict:
     steps, the student and, where it has a history, the control: the student whose history is shuffled across the
     batch."""
     S, full, twice = about["S"], about["steps"], 1 if about["guidance"] == 1 else 2  # guidance takes two calls a step
-    same = teacher_about | dict(guidance=about["guidance"])  # as in the student's trajectories
+    same = teacher_about | {key: about[key] for key in ("guidance", "guided_channels") if key in about}  # as it learned
     ways = {
         f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, same, x_T, y, full)[1]),
         f"teacher, {S} steps": (S * twice, lambda x_T, y: solve(teacher, same, x_T, y, S)[1]),
@@ -178,6 +179,7 @@ def main():
     add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
     add("--trajectory", action="store_true", help="also draw the way there, for the first eight images")
     add("--batch", type=positive, default=256, help="images at a time (default: 256)")
+    add("--vae", default=data.VAE, help=f"for latents: the autoencoder, a folder or a hub's name (default: {data.VAE})")
     machine_flags(add)
     args = parser.parse_args()
 
@@ -191,8 +193,9 @@ def main():
         about["guidance"] = args.guidance
     chosen = parse_labels(args.labels, about["classes"]) if args.labels else None
 
-    images, labels, first = [], [], None
-    for start in Progress("sampling", range(0, args.count, args.batch), unit="batches"):
+    batches, first = [], None
+    to_pixels = partial(data.decode, data.load_vae(args.vae, device)) if model.channels == 4 else lambda x: x
+    for start in Progress("sampling", range(0, args.count, args.batch)[rank()::world()], unit="batches"):
         indices = range(start, min(start + args.batch, args.count))
         x_T, y = data.noise_and_labels(about, args.seed, indices)
         if chosen:
@@ -200,9 +203,12 @@ def main():
         with autocast(device, args.bf16):
             states = sample(model, about, x_T.to(device), y.to(device), args.steps)
         first = states[:8] if first is None else first
-        images.append(data.to_uint8(states[:, -1]))
-        labels += y.tolist()
-    images = np.concatenate(images)
+        pixels = np.concatenate([data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)])
+        batches.append((start, pixels, y.tolist()))
+    batches = sorted(gather(batches), key=lambda batch: batch[0])
+    if rank() > 0:
+        return
+    images, labels = np.concatenate([pixels for _, pixels, _ in batches]), [i for *_, part in batches for i in part]
 
     shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 127.5 - 1
     data.grid(shown, columns=math.ceil(math.sqrt(len(shown)))).save(writable(out / "grid.png"))
@@ -221,6 +227,7 @@ def main():
                 PATHS[about["path"]].grid(args.steps or about["steps"]).tolist()
             rows.append(seen(about, first, torch.tensor(times, device=device)))
         sheet = rearrange(torch.cat(rows, 1), "b s c h w -> (s b) c h w")
+        sheet = torch.cat([to_pixels(part).cpu() for part in sheet.split(16)])
         data.grid(sheet, columns=len(first)).save(writable(out / "trajectory.png"))
         print(f"wrote {out / 'trajectory.png'}: a column an image; rows: {first.shape[1]} states, noise first"
               + (f", then the {first.shape[1] - 1} clean images that the steps aimed at" if len(rows) > 1 else ""))

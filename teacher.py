@@ -20,10 +20,12 @@ import numpy as np
 import torch
 
 import data
+import public
 from model import DiT, size
 from presets import TEACHERS, choose
 from training import (Fault, Progress, at_once, autocast, command, export, fingerprint, load_checkpoint, load_weights,
-                      pick_device, positive, strength, train, training_flags, writable)
+                      part_flag, pick_device, positive, precision, rank, recompute, strength, train, training_flags,
+                      wait_for_all, writable)
 
 MARKS = 8  # states kept of a trajectory, besides x_T: of 24 steps every third
 ASSETS = Path(__file__).parent / "assets"
@@ -126,13 +128,15 @@ def advance(about: dict, output, x, t, t_next):
     return euler(path, *estimate(path, about["predicts"], output, x, t), t_next)
 
 
-def guided(model, x, t, y, guidance: float):
-    """Classifier-free guidance (2207.12598): uncond + s·(cond − uncond), in one batch. x (b, c, h, w), t (), y (b,)."""
+def guided(model, x, t, y, guidance: float, channels: int | None = None):
+    """Classifier-free guidance (2207.12598): uncond + s·(cond − uncond), in one batch. x (b, c, h, w), t (), y (b,).
+    The public DiT guides the first three latent `channels` only."""
     if guidance == 1:
         return model(x[:, None], t[None], y)[:, 0]
     null = torch.full_like(y, model.null_class)
     cond, uncond = model(torch.cat([x, x])[:, None], t[None], torch.cat([y, null]))[:, 0].chunk(2)
-    return uncond + guidance * (cond - uncond)
+    mixed = uncond + guidance * (cond - uncond)
+    return mixed if channels is None else torch.cat([mixed[:, :channels], cond[:, channels:]], dim=1)
 
 
 @torch.no_grad()
@@ -147,7 +151,7 @@ def solve(model, about: dict, x_T, y, steps: int | None = None, marks=None):
     marks = range(1, steps + 1) if marks is None else marks
     x, states, clean = x_T, [x_T], []
     for k in range(steps):
-        output = guided(model, x, path.told(grid[k]), y, about["guidance"]).float()
+        output = guided(model, x, path.told(grid[k]), y, about["guidance"], about.get("guided_channels")).float()
         x0, eps = estimate(path, about["predicts"], output, x, grid[k])
         x = euler(path, x0, eps, grid[k + 1])
         if k + 1 in marks:
@@ -164,12 +168,12 @@ def teacher_loss(model, about, images, y, t, noise, dropped):
     path = PATHS[about["path"]]
     x = over(path.alpha(t), images) * images + over(path.sigma(t), images) * noise
     target = {"v": noise - images, "eps": noise, "x0": images}[about["predicts"]]
-    y = torch.where(dropped, model.null_class, y)
+    y = torch.where(dropped, about["model"]["classes"], y)
     output = model(x[:, None], path.told(t)[:, None], y)[:, 0]
     return (output.float() - target).square().mean()
 
 
-def train_teacher(preset: dict, out: Path, device, bf16=False, checkpointing=False, seed=0):
+def train_teacher(preset: dict, out: Path, device, seed=0):
     """Train the teacher that a preset describes; returns (model, about). Continues what is at `out`."""
     path, source = PATHS[preset["path"]], preset["data"]
     if preset["predicts"] == "eps" and path.alpha(path.T) == 0:
@@ -187,28 +191,33 @@ def train_teacher(preset: dict, out: Path, device, bf16=False, checkpointing=Fal
     except ValueError as error:
         raise Fault(str(error)) from None
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
-    solver = {key: preset[key] for key in ("path", "predicts", "guidance", "steps")}
+    how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
+    solver = {key: preset[key] for key in ("path", "predicts", "guidance", "guided_channels", "steps")}
     about = dict(kind="teacher", model=config, **solver, data=str(source), classes=dataset.classes,
                  training=dict(**fit, seed=seed))
-    model.to(device).checkpointing = checkpointing
+    model.to(device).checkpointing = recompute(preset, model, 1, device)
 
-    def loss(model, step):
+    def batch_of(step):
         rng = data.stream(seed, step)
         images, y = dataset.draw(fit["batch"], rng)
         noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
-        t, dropped = path.draw(len(y), rng), torch.from_numpy(rng.random(len(y)) < 0.1)
-        with autocast(device, bf16):
-            return teacher_loss(model, about, *(tensor.to(device) for tensor in (images, y, t, noise, dropped)))
+        return images, y, path.draw(len(y), rng), noise, torch.from_numpy(rng.random(len(y)) < 0.1)
 
     print(f"training a teacher on {source}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-          f"{fit['iterations']:,} iterations of {fit['batch']} on {device}, into {out}")
-    average, _ = train("teacher", model, loss, out, about, **fit, warmup=fit["iterations"] // 20)
+          f"{fit['iterations']:,} iterations of {fit['batch']} on {device} in "
+          f"{precision(device, preset['bf16'])}, into {out}")
+    average, _ = train("teacher", model, batch_of, lambda model, *batch: teacher_loss(model, about, *batch),
+                       out, about, **fit, warmup=fit["iterations"] // 20, **how)
     return average, about
 
 
 def load_network(path, kind, device="cpu"):
     """The averaged model of a checkpoint, ready to use, and its `about`. Raises Fault (see load_checkpoint)."""
-    checkpoint = load_checkpoint(path, kind)
+    path = Path(path)
+    if (path / "config.json").exists() or (path / "transformer").is_dir():
+        checkpoint = public.adapt(public.from_diffusers(path), path)
+    else:
+        checkpoint = load_checkpoint(path, kind, foreign=public.adapt)
     about = checkpoint["about"]
     try:
         model, end = DiT(**about["model"]), about["training"]["iterations"]
@@ -222,17 +231,23 @@ def load_network(path, kind, device="cpu"):
 
 # ---- 4. Trajectories for a student ----------------------------------------------------------------------------------
 
-def write_trajectories(model, about: dict, folder: Path, count: int, device, bf16=False, seed=0):
-    """Solve the teacher's ODE from `count` noises (rounded up to whole shards) and keep MARKS of its states. Shards
-    that are there already are kept. Raises Fault when the folder holds other trajectories or other files."""
+def write_trajectories(model, about: dict, folder: Path, count: int, device, bf16=False, seed=0,
+                       marks=None, keep="both", part=(0, 1)):
+    """Solve the teacher's ODE from `count` noises (rounded up to whole shards) and keep what is seen at the `marks`,
+    numbers of steps done (default: MARKS evenly): "states", "clean" predictions or "both" (`keep`). Shards that are
+    there already are kept; `part` (i, k): only every k-th from the i-th on. Raises Fault when the folder holds other
+    trajectories or other files."""
     steps = about["steps"]
-    if steps % MARKS:
+    if not marks and steps % MARKS:
         raise Fault(f"{MARKS} states of a trajectory are kept: --steps must be a multiple of {MARKS}, {steps} is not")
-    marks = [steps * (j + 1) // MARKS for j in range(MARKS)]
+    if marks and (sorted(set(marks)) != list(marks) or marks[0] < 1 or marks[-1] != steps):
+        raise Fault(f"--marks count steps, up from 1 to the last, {steps}; {' '.join(map(str, marks))} do not")
+    marks = marks or [steps * (j + 1) // MARKS for j in range(MARKS)]
     times = PATHS[about["path"]].grid(steps)[[0, *marks]].tolist()
-    meta = dict(teacher=fingerprint(model.state_dict()), path=about["path"], guidance=about["guidance"], steps=steps,
-                marks=marks, times=times, shape=data.image_shape(about), seed=seed)
-    todo = data.start_trajectories(folder, meta, count)
+    meta = dict(teacher=fingerprint(model.state_dict()), steps=steps, marks=list(marks), times=times,
+                path=about["path"], guidance=about["guidance"], guided_channels=about.get("guided_channels"),
+                keep=keep, shape=data.image_shape(about), seed=seed)
+    todo = data.start_shards(folder, meta, count, part)
     if todo:
         print(f"writing {len(todo) * data.SHARD:,} trajectories, guidance {about['guidance']:g}, into {folder}")
     for i in Progress("trajectories", todo, unit="trajectories", weight=data.SHARD):
@@ -240,7 +255,10 @@ def write_trajectories(model, about: dict, folder: Path, count: int, device, bf1
         parts = zip(*(tensor.to(device).split(at_once(device)) for tensor in (x_T, y)), strict=True)
         with autocast(device, bf16):
             _, states, clean = zip(*[solve(model, about, *part, marks=marks) for part in parts], strict=True)
-        data.write_shard(folder, meta, i, y, torch.cat(states), torch.cat(clean))
+        columns = dict(states=torch.cat(states), clean=torch.cat(clean))
+        kept = {name: x[:, :data.record(meta)[name].shape[0]].half() for name, x in columns.items()}
+        data.write_shard(folder, meta, i, label=y, **kept)
+    wait_for_all()
 
 
 # ---- The program ----------------------------------------------------------------------------------------------------
@@ -271,23 +289,32 @@ def main():
     add("--path", choices=PATHS, help="noise path")
     add("--predicts", choices=("v", "eps", "x0"), help="what the network predicts")
     add("--guidance", type=strength, help="strength of classifier-free guidance in the ODE; 1 is none")
+    add("--guided-channels", type=positive, metavar="K", help="guide the first K channels only (default: all)")
     add("--steps", type=positive, help="Euler steps of the ODE")
+    add("--marks", type=positive, nargs="+", help="trajectories: steps after which a state is kept (default: 8 times)")
+    add("--keep", choices=("both", "states", "clean"), help="trajectories: what to keep of them (default: both)")
     add("--teacher", type=Path, help="trajectories: whose (default: the run's own teacher, or the shipped one)")
     add("--count", type=positive, help="trajectories: how many")
+    part_flag(add)
     training_flags(add)
     args = parser.parse_args()
-    device, run = pick_device(args.device), args.out or Path("runs") / args.preset
+    device, run, preset = pick_device(args.device), args.out or Path("runs") / args.preset, choose(TEACHERS, args)
     if args.job == "trajectories":
         model, about = find_teacher(args.teacher, args.preset, run, device)
-        about |= {key: getattr(args, key) for key in ("guidance", "steps") if getattr(args, key) is not None}
-        count = args.count or TEACHERS[args.preset]["count"]
-        write_trajectories(model, about, run / "trajectories", count, device, args.bf16, args.seed)
+        given = {key: getattr(args, key) for key in ("guidance", "guided_channels", "steps")}
+        about |= {key: value for key, value in given.items() if value is not None}
+        write_trajectories(model, about, run / "trajectories", preset["count"], device, preset["bf16"], args.seed,
+                           preset["marks"], preset["keep"], args.part)
         return
-    preset, out = choose(TEACHERS, args), writable(run / "teacher.pt")
-    model, about = train_teacher(preset, out, device, args.bf16, args.checkpointing, args.seed)
+    out = writable(run / "teacher.pt")
+    if args.export:
+        writable(args.export)  # better refused before the work
+    model, about = train_teacher(preset, out, device, args.seed)
+    if rank() > 0:
+        return
     if args.export:
         export(args.export, about, model.state_dict())
-    if preset["data"] != "points":
+    if model.channels in (1, 3):
         y = torch.arange(80, device=device) % min(10, len(about["classes"]))
         x_T, _ = data.noise_and_labels(about, args.seed, range(80))
         _, states, _ = solve(model, about, x_T.to(device), y)

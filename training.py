@@ -1,5 +1,5 @@
 """What any training loop needs and no paper is about: devices, precision, moving averages, progress, checkpoints,
-resuming.
+resuming, several processes.
 
 The rules that the rest of the project relies on:
 
@@ -7,13 +7,16 @@ The rules that the rest of the project relies on:
     dict that says what the file is and how it came to be; it must agree before a run is continued. A file is written
     aside and renamed, so it is whole or it is not there. It loads with `weights_only=True`.
   - A batch is a function of (seed, step), so a run that was interrupted and started again takes the very same steps.
+  - Under `torchrun`, the processes share each batch, rank 0 alone prints and writes checkpoints, and the losses are
+    those of one process with the same batch. A run may continue with another number of processes.
   - The user's mistakes are `Fault`s: one line, exit status 1, no traceback. Ctrl-C finishes the step, saves, and
-  exits with 130.
+    exits with 130.
 """
 
 import argparse
 import copy
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -22,9 +25,14 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Fault(Exception):
@@ -32,12 +40,18 @@ class Fault(Exception):
 
 
 def command(main):
-    """Run a script's main(): Faults and Ctrl-C end it with one line each, and without a traceback."""
+    """Run a script's main(), as one of several processes if torchrun started it: Faults and Ctrl-C end it with one
+    line each, and without a traceback."""
     try:
+        if world() > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")
         main()
-    except Fault as fault:
-        sys.exit(f"error: {fault}")
-    except OSError as error:  # a full disk, a folder without write permission
+        if world() > 1:
+            wait_for_all()
+            dist.destroy_process_group()
+    except (Fault, OSError) as error:  # OSError: a full disk, a folder without write permission
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
         print(f"\nstopped{f': {stop}' if str(stop) else ''}. The same command continues from there.", file=sys.stderr)
@@ -63,7 +77,23 @@ whole, positive, strength = number(int, 0, 2**31), number(int, 1, 2**31), number
 def machine_flags(add):
     """The flags that every program has; `add` is a parser's add_argument."""
     add("--device", default="auto", help="auto (CUDA, then MPS, then the CPU), cuda, mps or cpu (default: auto)")
-    add("--bf16", action="store_true", help="matrix products in bfloat16")
+    add("--bf16", action=argparse.BooleanOptionalAction,
+        help="matrix products in bfloat16, where the hardware has them (default: the preset's choice in training; off "
+             "in sampling and evaluation)")
+
+
+def part(text: str) -> tuple[int, int]:
+    """For argparse: "2/8" -> (1, 8)."""
+    i, _, k = text.partition("/")
+    if not (i.isdecimal() and k.isdecimal() and 1 <= int(i) <= int(k)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 2/8, the second of eight")
+    return int(i) - 1, int(k)
+
+
+def part_flag(add):
+    """For work that several processes, or machines, share without knowing of each other."""
+    add("--part", type=part, default=(0, 1), metavar="I/K",
+        help="do the I-th of K parts of the work, into a folder that all share (default: all of it)")
 
 
 def training_flags(add):
@@ -72,7 +102,10 @@ def training_flags(add):
     add("--batch", type=positive, help="samples a step")
     add("--lr", type=strength, help="highest learning rate")
     add("--seed", type=whole, default=0, help="of weights, batches and noise (default: 0)")
-    add("--checkpointing", action="store_true", help="save memory: recompute activations in the backward pass")
+    add("--checkpointing", choices=("auto", "on", "off"),
+        help="recompute activations in the backward pass, which saves memory (default: auto, where they would not fit)")
+    add("--accumulate", type=positive, metavar="K", help="save memory: a batch in K parts, in turn (default: 1)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: a slow start, then faster on a GPU")
     add("--export", type=Path, help="also write the result, in float16 and for use only, to this file")
     machine_flags(add)
 
@@ -85,12 +118,15 @@ def pick_device(name: str = "auto") -> torch.device:
     mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and world() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
         raise Fault(f"no device is called {name!r} here: use auto, cuda, mps or cpu")
     if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not mps):
         raise Fault(f"this machine, or this build of PyTorch, has no {name} device: use --device auto")
     device = torch.device(name)
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 
@@ -100,15 +136,77 @@ def at_once(device: torch.device) -> int:
     return 32 if device.type == "cpu" else 256
 
 
-def autocast(device: torch.device, bf16: bool):
-    """bf16 matrix products over float32 weights, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+def precision(device: torch.device, bf16: bool | None) -> torch.dtype:
+    """bfloat16 where it is asked for and the device multiplies in it natively; others are slower in it than in
+    float32, and use that."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if bf16 and native else torch.float32
+
+
+def autocast(device: torch.device, bf16: bool | None):
+    """Matrix products in the `precision`, over float32 weights."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == torch.bfloat16)
+
+
+def fast_attention(device: torch.device, bf16: bool | None):
+    """Around a training step. On a CPU the backward pass of fused attention is so slow in bfloat16 that it eats the
+    gain: there plain products stand in for it."""
+    plain = device.type == "cpu" and precision(device, bf16) == torch.bfloat16
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
+
+
+def recompute(preset: dict, model, blocks: int, device: torch.device) -> bool:
+    """Whether the backward pass of a model on `device` is to recompute activations, by preset["checkpointing"]: "on",
+    "off", or "auto": when those of a batch of trajectories of that many blocks would not fit into what a GPU has free
+    (a tenth of it to spare) beside what training needs for each weight: gradient, average and AdamW's two."""
+    if preset["checkpointing"] == "auto" and device.type == "cuda":
+        samples = preset["batch"] // (world() * preset["accumulate"])
+        stored = model.activation_bytes(blocks, precision(device, preset["bf16"]) == torch.bfloat16)
+        needed = samples * stored + 16 * sum(weight.numel() for weight in model.parameters())
+        return needed > 0.9 * torch.cuda.mem_get_info(device)[0]
+    return preset["checkpointing"] == "on"
 
 
 def synchronise(device: torch.device):
     """Wait for the device: before reading a clock."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+# torchrun starts them and tells each its number by the environment.
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def everywhere(values, device, op="SUM") -> list[float]:
+    """Numbers of every process, reduced to what all then know: their "SUM", or their "MAX"."""
+    values = torch.as_tensor(values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    if world() > 1:
+        dist.all_reduce(values, getattr(dist.ReduceOp, op))
+    return values.tolist()
+
+
+def wait_for_all():
+    if world() > 1:
+        dist.barrier()
+
+
+def gather(items: list) -> list:
+    """The items of all the processes, on rank 0; nothing on the others."""
+    if world() == 1:
+        return items
+    lists = [None] * world() if rank() == 0 else None
+    dist.gather_object(items, lists)
+    return [item for part in lists or [] for item in part]
 
 
 # ---- progress -------------------------------------------------------------------------------------------------------
@@ -128,7 +226,7 @@ class Progress:
             yield item
             now = time.time()
             last = done == self.total
-            if now - began > 2 and (now - shown > (0.5 if live else 15) or last):
+            if rank() == 0 and now - began > 2 and (now - shown > (0.5 if live else 15) or last):
                 rate = (done - self.start) / (now - began)
                 left = int((self.total - done) / rate)
                 eta = f"took {int(now - began)} s" if last else f"ETA {left // 60}:{left % 60:02d}"
@@ -140,6 +238,14 @@ class Progress:
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
+
+def optional(name: str):
+    """Import a package that only some paths need. Raises Fault where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise Fault(f"this needs the package {name}: pip install -r requirements-imagenet.txt") from None
+
 
 def writable(path: str | Path) -> Path:
     """The path, with its folder made. Raises Fault where a file stands in a folder's place or a folder in the
@@ -187,16 +293,20 @@ def save_json(path: Path, content):
     replace_file(Path(path), lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def load_checkpoint(path: str | Path, kind: str | tuple[str, ...]) -> dict:
-    """Read a checkpoint of this project whose about["kind"] is `kind`. Raises Fault for anything else."""
+def load_checkpoint(path: str | Path, kind: str | tuple[str, ...], foreign=None) -> dict:
+    """Read a checkpoint of this project whose about["kind"] is `kind`. `foreign`(content, path) may make one of a file
+    that is not ours. Raises Fault for anything else."""
     kinds = (kind,) if isinstance(kind, str) else kind
     path = Path(path)
     if not path.is_file():
         raise Fault(f"no such checkpoint: {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the `args` of a public DiT's
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # a damaged file makes torch.load raise all sorts of things
         raise Fault(f"{path} is not a checkpoint, or is damaged (cut short?): it cannot be read") from None
+    if foreign and isinstance(checkpoint, dict) and "about" not in checkpoint:
+        checkpoint = foreign(checkpoint, path)
     about = checkpoint.get("about") if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or "ema" not in checkpoint:
         raise Fault(f"{path} is not a checkpoint of this project: it lacks the fields 'about' and 'ema'")
@@ -266,12 +376,22 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def train(title, model, loss_of, out: Path, about: dict, *, iterations, batch, lr, decay=0.999, warmup=100,
-          schedule="cosine", clip=1.0, save_seconds=60.0, log_every=50):
-    """Minimise loss_of(model, step), a scalar, with AdamW (no weight decay); return the averaged model and the mean
-    losses [(step, loss), …]. `model` is on its device and holds its starting weights. Saves to `out` and continues
-    from it; a finished run is not run again. `about` describes the training: another one at `out` is a Fault, and is
-    not overwritten. `batch` is for the rate in the progress line only."""
+def micro_batches(tensors, parts: int) -> list[tuple]:
+    """This process's share of a batch (tensors whose first axis is the sample), in `parts` parts. Raises Fault where
+    the batch cannot be shared evenly."""
+    if len(tensors[0]) % (world() * parts):
+        raise Fault(f"a batch of {len(tensors[0])} cannot be shared by {world()} processes in {parts} parts each: "
+                    "choose another --batch or --accumulate")
+    return list(zip(*(tensor[rank()::world()].chunk(parts) for tensor in tensors), strict=True))
+
+
+def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations, batch, lr, decay=0.999, warmup=100,
+          schedule="cosine", clip=1.0, bf16=False, accumulate=1, compile=False, save_seconds=None, log_every=50):
+    """Minimise loss_of(model, *batch_of(step)), a scalar, a mean over the batch, with AdamW (no weight decay); return
+    the averaged model and the mean losses [(step, loss), …]. `model` is on its device and holds its starting weights.
+    Saves to `out` and continues from it; a finished run is not run again. `about` describes the training: another one
+    at `out` is a Fault, and is not overwritten. `batch` is for the rate in the progress line only.
+    `save_seconds`: how often to save (default: every minute, or less often where saving takes long)."""
     device = next(model.parameters()).device
     model.train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -291,38 +411,61 @@ def train(title, model, loss_of, out: Path, about: dict, *, iterations, batch, l
             load_weights(model, state["model"], out)
             optimiser.load_state_dict(state["optimiser"])
             print(f"continuing {out} at step {start:,} of {iterations:,}")
+        del state
 
     def save(step):
         state = {"about": about, "ema": average.state_dict(), "model": model.state_dict(), "step": step,
                  "optimiser": optimiser.state_dict(), "losses": losses, "partial": partial.item()}
         replace_file(out, lambda file: torch.save(state, file))
 
+    network = torch.compile(model) if compile else model
+    if world() > 1 and start < iterations:  # from here on, backward() averages the gradients of all processes
+        torch._dynamo.config.optimize_ddp = False  # its way of cutting the graph does not go with checkpointing
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
     progress = Progress(title, range(start, iterations), start=start, unit="images", weight=batch)
     partial, saved = torch.tensor(partial, device=device), time.time()
+    pause = 60 if save_seconds is None else save_seconds
     with Interrupt() as interrupt:
         for step in progress:
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(step, iterations, lr, warmup, schedule)
-            loss = loss_of(model, step)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()
+            parts = micro_batches(batch_of(step), accumulate)
+            for i, part in enumerate(parts, start=1):
+                together = world() == 1 or i == len(parts)  # gradients travel once a step, with the last part
+                with nullcontext() if together else network.no_sync(), fast_attention(device, bf16):
+                    with autocast(device, bf16):
+                        loss = loss_of(network, *(tensor.to(device) for tensor in part)) / len(parts)
+                    loss.backward()
+                partial += loss.detach()
             norm = torch.nn.utils.clip_grad_norm_(weights, clip)
             optimiser.step()
             update_average(average, model, decay, step)
 
-            partial += loss.detach() + 0 * norm  # not finite if the gradient is not
+            partial += 0 * norm  # not finite if the gradient is not
             done = step + 1
             log = done % log_every == 0 or done == iterations
-            keep = interrupt.asked or done == iterations or time.time() - saved > save_seconds
-            if (log or keep) and not partial.isfinite():
-                raise Fault(f"the loss is not finite at step {done}: try a smaller --lr. What was saved before stays")
+            stop, late = interrupt.asked, time.time() - saved > pause
+            if world() > 1:
+                stop, late = everywhere([stop, late], device, "MAX")
+            keep = stop or late or done == iterations
+            if log or keep:
+                partial.fill_(everywhere(partial, device) / world())
+                if not partial.isfinite():
+                    raise Fault(f"the loss is not finite at step {done}: try a smaller --lr. What was saved before "
+                                "stays")
             if log:
                 losses.append((done, partial.item() / ((done - 1) % log_every + 1)))
                 partial.zero_()
                 progress.note = f"loss {losses[-1][1]:.5f}"
             if keep:
-                save(done)
+                began = time.time()
+                if rank() == 0:
+                    save(done)
+                wait_for_all()
                 saved = time.time()
-            if interrupt.asked and done < iterations:
+                if save_seconds is None:
+                    pause = max(60, 20 * (saved - began))
+            if stop and done < iterations:
                 raise KeyboardInterrupt(f"{out} holds {done:,} of {iterations:,} steps")
     return average, losses

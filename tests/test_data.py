@@ -140,6 +140,14 @@ def test_grey_images_have_one_channel_of_luma(tmp_path):
     assert np.abs(data.to_uint8(images)[0, :, :, 0] - luma).max() <= 1
 
 
+def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
+    upright = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "Orientation": to be turned clockwise by a quarter
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=exif)
+    assert (data.read_image(tmp_path / "a.png", 8, 3) == upright.transpose(2, 0, 1)).all()
+
+
 def test_palette_and_transparent_images_load_in_their_colours(tmp_path):
     (tmp_path / "a").mkdir()
     colours = np.repeat(np.array([[[250, 10, 20]], [[30, 40, 200]]], np.uint8), 2, axis=1)  # (2, 2, 3): red over blue

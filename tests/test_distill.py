@@ -7,14 +7,16 @@ import torch
 import data
 from distill import ard_loss, distill, make_student
 from model import HISTORIES, DiT, size
+from presets import COMMON
 from sample import few_step
 from teacher import solve
 from training import Fault
 
 CONFIG = dict(image_size=8, channels=3, classes=5, **size("N/4"))
 ABOUT = dict(kind="teacher", model=CONFIG, path="flow", predicts="v", guidance=1.0, steps=8, data="shapes")
-SETTINGS = dict(steps=4, history="causal", history_layers=2, trajectory="states", output="direction", step_heads=False,
-                told=None, iterations=60, batch=8, lr=2e-3, decay=0.9)
+SETTINGS = COMMON | dict(
+    steps=4, history="causal", history_layers=2, trajectory="states", output="direction", step_heads=False, told=None,
+    iterations=60, batch=8, lr=2e-3, decay=0.9, bf16=False)
 TIMES = dict(times=[1.0, 0.75, 0.5, 0.25, 0.0], told=[1000.0, 750.0, 500.0, 250.0])
 
 
@@ -87,7 +89,7 @@ def test_gradients_reach_every_weight(history):
 
 class FewTrajectories:
     """Eight random trajectories, as data.Trajectories gives them."""
-    meta = dict(teacher="-", guidance=1.0, steps=8, marks=[1, 2, 3, 4, 5, 6, 7, 8], seed=0)
+    meta = dict(teacher="-", guidance=1.0, guided_channels=None, steps=8, marks=[1, 2, 3, 4, 5, 6, 7, 8], seed=0)
     marks, times = [2, 4, 6, 8], TIMES["times"]
 
     def __len__(self):

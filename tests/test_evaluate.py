@@ -1,13 +1,16 @@
 """The distances against closed forms and against slow, plain numpy."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 
-from evaluate import Classifier, costs_of, coverage, exposure_bias, features, frechet
+from evaluate import Classifier, costs_of, coverage, exposure_bias, features, frechet, load_runs
 from sample import few_step
-from teacher import solve
+from teacher import ASSETS, solve
 from test_distill import ABOUT, random_dit, student_of
+from training import Fault, fingerprint
 
 
 def with_moments(mean, covariance, count=400, seed=0):
@@ -91,3 +94,18 @@ def test_the_papers_cost_of_history():
     assert rows["causal history"]["gmacs"] == pytest.approx(479.9, abs=0.2)
     assert rows["causal history"]["percent"] == pytest.approx(1.1, abs=0.05)
     assert rows["window history"]["percent"] == rows["anchor history"]["percent"] == pytest.approx(1.1 / 2, abs=0.03)
+
+
+def test_several_runs_share_one_teacher(tmp_path):
+    for name in ("a", "b", "c/a"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copy(ASSETS / "shapes-student.pt", tmp_path / name / "student.pt")
+    students, teacher, _ = load_runs([tmp_path / "a", tmp_path / "b"], None, torch.device("cpu"))
+    assert list(students) == ["a", "b"]
+    assert {about["teacher"] for _, about in students.values()} == {fingerprint(teacher.state_dict())}
+    with pytest.raises(Fault, match="two runs are called a"):
+        load_runs([tmp_path / "a", tmp_path / "c/a"], None, torch.device("cpu"))
+    checkpoint = torch.load(ASSETS / "shapes-student.pt", weights_only=True)
+    torch.save(checkpoint | dict(about=checkpoint["about"] | dict(guidance=3.0)), tmp_path / "other.pt")
+    with pytest.raises(Fault, match="different teachers, or trajectories of different guidance"):
+        load_runs([tmp_path / "a", tmp_path / "other.pt"], None, torch.device("cpu"))

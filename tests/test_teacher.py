@@ -175,6 +175,13 @@ def test_pure_noise_needs_no_division_by_alpha(predicts):
     torch.testing.assert_close(found, (x0, eps))
 
 
+def test_guidance_of_some_channels_leaves_the_others_conditional():
+    answers = {0: 1.0, 7: 3.0}  # what the network says with a label, and with the null class
+    network = Network(lambda x, t, y: torch.stack([torch.full((1, 4, 2, 2), answers[i]) for i in y.tolist()]))
+    output = guided(network, torch.zeros(1, 4, 2, 2), torch.tensor(5.0), torch.tensor([0]), 1.5, channels=3)
+    assert output[0, :, 0, 0].tolist() == [0.0, 0.0, 0.0, 1.0]  # 3 + 1.5·(1 − 3), three times
+
+
 def test_guidance_moves_away_from_the_null_class():
     network = Network(lambda x, t, y: x * y.view(-1, 1, 1, 1, 1) + t.view(-1, 1, 1, 1, 1))
     x, t, y = torch.randn(3, 1, 2, 2), torch.tensor(5.0), torch.tensor([0, 1, 2])
@@ -195,7 +202,7 @@ def test_teacher_loss_of_perfect_and_of_wrong_answers(path, predicts):
     t = torch.tensor([0.9, 0.5, 0.25, 0.1]) if path == "flow" else torch.tensor([999.0, 500.0, 30.0, 0.0])
     y, dropped = torch.tensor([0, 1, 2, 3]), torch.tensor([False, True, False, True])
     target = {"v": noise - images, "eps": noise, "x0": images}[predicts][:, None]
-    about = dict(path=path, predicts=predicts)
+    about = dict(path=path, predicts=predicts, model=dict(classes=7))
 
     network = Network(lambda x, t, y: target)
     assert teacher_loss(network, about, images, y, t, noise, dropped) == 0
@@ -294,6 +301,30 @@ def test_stored_clean_predictions_are_where_the_steps_aimed(written):
     assert (x[:, 1] - x[:, -1]).std() > 0.01  # earlier ones are guesses
 
 
+@pytest.mark.parametrize("kind, other", [("states", "clean"), ("clean", "states")])
+def test_marks_and_what_is_kept_can_be_chosen(written, tmp_path, kind, other):
+    teacher, folder = written
+    name, some = fingerprint(teacher.state_dict()), tmp_path / kind
+    write_trajectories(teacher, ABOUT, some, 24, CPU, seed=3, marks=[4, 6, 16], keep=kind)
+    x, _ = data.Trajectories(some, name, 3, kind=kind).batch(range(24))
+    whole, _ = data.Trajectories(folder, name, 8, kind=kind).batch(range(24))  # every second step
+    assert torch.equal(x, whole[:, [0, 2, 3, 8]])
+    assert (some / "00000.npy").stat().st_size < 0.6 * (folder / "00000.npy").stat().st_size
+    with pytest.raises(Fault, match=f"keeps the {kind} alone"):
+        data.Trajectories(some, name, 3, kind=other)
+    for marks in ([4, 17], [6, 4, 16], [4, 6]):
+        with pytest.raises(Fault, match="--marks count steps"):
+            write_trajectories(teacher, ABOUT, tmp_path / "bad", 8, CPU, marks=marks)
+
+
+def test_two_parts_make_the_whole(written, tmp_path):
+    teacher, folder = written
+    for part in ((1, 2), (0, 2)):
+        write_trajectories(teacher, ABOUT, tmp_path / "shared", 24, CPU, seed=3, part=part)
+    for shard in sorted(folder.glob("*.npy")):
+        assert (tmp_path / "shared" / shard.name).read_bytes() == shard.read_bytes()
+
+
 def test_count_limits_what_is_used(written):
     teacher, folder = written
     assert len(data.Trajectories(folder, fingerprint(teacher.state_dict()), 4, count=10)) == 10
@@ -341,5 +372,5 @@ def test_what_cannot_be_read_is_a_fault(written, tmp_path):
         write_trajectories(teacher, ABOUT | dict(steps=12), tmp_path / "twelve", 8, CPU)
     for shard in folder.glob("*.npy"):
         shard.unlink()
-    with pytest.raises(Fault, match="no whole shard"):
+    with pytest.raises(Fault, match="holds 0 whole trajectories"):
         data.Trajectories(folder, name, 4)

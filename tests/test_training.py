@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import training
+from model import DiT
 from training import Fault, fingerprint, learning_rate, load_checkpoint, pick_device, replace_file, train
 
 ROOT = Path(training.__file__).resolve().parent
@@ -37,7 +38,9 @@ def toy_loss(model, step):
 
 
 def toy_train(out, loss=toy_loss, about=ABOUT, **changes):
-    return train("toy", toy_model(), loss, out, about, **FIT | changes)
+    """A training whose batches hold nothing but the number of their step."""
+    return train("toy", toy_model(), lambda step: (torch.full((4,), step),),
+                 lambda model, steps: loss(model, int(steps[0])), out, about, **FIT | changes)
 
 
 def same(a, b) -> bool:
@@ -142,7 +145,7 @@ def test_ctrl_c_to_a_real_process(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130, errors
-    assert len(errors.strip().splitlines()) == 1 and errors.strip().startswith("stopped") and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("stopped") and "Traceback" not in errors
     cut = tmp_path / "cut" / "teacher.pt"
     assert 0 < read(cut)["step"] < 60 and f"{cut} holds {read(cut)['step']} of 60 steps" in errors
 
@@ -359,3 +362,33 @@ def test_devices(monkeypatch):
     for name in ("cuda", "cuda:0", "mps"):
         with pytest.raises(Fault, match=f"no {name} device"):
             pick_device(name)
+
+
+# ---- precision ------------------------------------------------------------------------------------------------------
+
+def test_bfloat16_is_used_only_where_it_was_asked_for_and_is_native(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert [training.precision(cpu, asked) for asked in (True, False, None)] == [torch.bfloat16] + [torch.float32] * 2
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert training.precision(cpu, True) == torch.float32
+
+
+def test_bfloat16_training_keeps_float32_weights_and_almost_the_gradient(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    torch.manual_seed(0)
+    model = DiT(image_size=8, channels=3, classes=3, patch=2, width=32, depth=2, heads=2, history_layers=1)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    x, t, y = torch.randn(4, 2, 3, 8, 8), torch.tensor([900.0, 400.0]), torch.tensor([0, 1, 2, 3])
+    gradients = {}
+    for bf16 in (False, True):
+        model.zero_grad()
+        with training.autocast(torch.device("cpu"), bf16):
+            output = model(x, t, y)
+        assert output.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        output.float().square().mean().backward()
+        gradients[bf16] = torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])
+    assert gradients[True].dtype == torch.float32
+    gap = (gradients[True] - gradients[False]).norm() / gradients[False].norm()
+    assert 0 < gap < 0.05  # bfloat16 keeps 8 bits

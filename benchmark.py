@@ -1,0 +1,316 @@
+"""Speed and memory, against a dense reference; and the bill, what distilling at ImageNet's size costs.
+
+The *dense reference* computes the same function the way the authors' public code does: one sequence of all S·n tokens,
+a mask of S·n × S·n entries in every layer, adaLN's modulation computed for each token anew, no cache when sampling.
+It is written below, on the weights of our model, and its results are ours (tests/test_benchmark.py). Both sides of a
+ratio are measured in turn, in one run; what is reported is the median.
+
+    python benchmark.py                                          DiT-S/2 on a CPU, float32, or DiT-XL/2 on a GPU
+    python benchmark.py --size B/2 --batch 32 --out runs/b2      another network
+    python benchmark.py --bill                                   GPU hours, memory and disk, from the measured rates
+
+Everything is written to benchmark.json in --out as it is measured; started again, it measures only what is missing.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+from model import DiT, modulate, size
+from public import MARKS, ODE, TIMES, TOLD
+from sample import few_step, table
+from teacher import advance, solve
+from training import (Fault, autocast, command, difference, fast_attention, make_folder, pick_device, positive,
+                      precision, save_json, synchronise, whole)
+
+LATENT = dict(image_size=32, channels=4, classes=1000)  # of 256×256 images
+
+
+# ---- 1. The dense reference -----------------------------------------------------------------------------------------
+
+def dense_masks(s: int, n: int, device):
+    """Two masks of all s·n tokens, (s·n, s·n): each block on itself, and each block on all up to its own."""
+    block = torch.arange(s, device=device).repeat_interleave(n)
+    return block[:, None] == block, block[:, None] >= block
+
+
+def dense_forward(model, x, t, y):
+    """What model(x, t, y) gives, for a causal history and one output layer, computed densely."""
+    b, s = x.shape[:2]
+    tokens = model.x_embedder["proj"](rearrange(x, "b s c h w -> (b s) c h w"))
+    x = rearrange(tokens, "(b s) d h w -> b s (h w) d", b=b) + model.pos_embed
+    n = x.shape[2]
+    x = rearrange(x, "b s n d -> b (s n) d")
+    c = model.t_embedder(t) + model.y_embedder["embedding_table"](y)[:, None]
+    c = repeat(c, "b s d -> b (s n) d", n=n)  # from here on, everything for each token
+    diagonal, causal = dense_masks(s, n, x.device)
+    for layer, block in enumerate(model.blocks):
+        def attend(x, attn=block.attn, mask=causal if layer < model.history_layers else diagonal):
+            q, k, v = rearrange(attn.qkv(x), "b m (qkv h d) -> qkv b h m d", qkv=3, h=attn.heads)
+            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return attn.proj(rearrange(x, "b h m d -> b m (h d)"))
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1 * attend(modulate(block.norm1(x), shift1, scale1))
+        x = x + gate2 * block.mlp(modulate(block.norm2(x), shift2, scale2))
+    shift, scale = model.final_layer.adaLN_modulation(c).chunk(2, dim=-1)
+    x = model.final_layer.linear(modulate(model.final_layer.norm_final(x), shift, scale))
+    x = rearrange(x, "b (s h w) (p q c) -> b s c (h p) (w q)", s=s, h=model.grid, p=model.patch, q=model.patch)
+    return x[:, :, : model.channels]
+
+
+def dense_macs(model, s: int) -> int:
+    """Multiply-accumulates of dense_forward for one sample: modulation and attention of all tokens with all."""
+    n, d, depth = model.grid**2, model.width, len(model.blocks)
+    modulation = (s * n - s) * (6 * depth + 2) * d * d
+    return model.macs(1) * s + modulation + 2 * depth * d * (s * n) ** 2 - s * depth * 2 * n * n * d
+
+
+def dense_sample(model, about, x_T, y):
+    """Few steps without a cache: step s reads all s states again."""
+    states, told = [x_T], torch.tensor(about["told"], device=x_T.device)
+    for s in range(about["S"]):
+        output = dense_forward(model, torch.stack(states, 1), told[: s + 1], y)[:, -1]
+        states.append(advance(about, output.float(), None, None, None))
+    return torch.stack(states, 1)
+
+
+# ---- 2. Measuring ---------------------------------------------------------------------------------------------------
+
+def seconds(jobs: dict, device, repeats: int) -> dict[str, float]:
+    """The median time of each job, {name: function}, all of them in turn `repeats` times after a first round."""
+    times = {name: [] for name in jobs}
+    for turn in range(repeats + 1):
+        for name, job in jobs.items():
+            synchronise(device)
+            began = time.perf_counter()
+            job()
+            synchronise(device)
+            if turn:
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def peak_gib(job, device) -> float | None:
+    """The most GPU memory allocated while `job` runs again, with what is there: weights, gradients, AdamW's moments.
+    None on a CPU."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    job()
+    synchronise(device)
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def matrix_rate(device, dtype) -> float:
+    """FLOP/s of a large product in a precision (float32 is TF32 on CUDA): the device's own best, as a yardstick."""
+    m = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(m, m, device=device, dtype=dtype) for _ in range(2))
+    return 2 * m**3 / seconds({"": lambda: a @ b}, device, 20 if device.type == "cuda" else 5)[""]
+
+
+def network(name: str, N: int, device) -> DiT:
+    """A network with random weights, none of them zero: as costly as a trained one."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = DiT(**LATENT, **size(name), learn_sigma=True, history_layers=N)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    model.pos_embed.requires_grad_(False)
+    return model
+
+
+def changed(model: DiT, **attributes) -> DiT:
+    """The same network, sharing its weights, with other attributes."""
+    twin = copy.copy(model)
+    vars(twin).update(attributes)
+    return twin
+
+
+def training_step(model, optimiser, batch: int, device, dense=False, compiled=False, bf16=False):
+    """A function that takes one step of ARD training on clean predictions, as the authors' is."""
+    forward = partial(dense_forward, model) if dense else model
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+    x, y = torch.randn(batch, 5, 4, 32, 32, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    told = torch.tensor(TOLD, device=device)
+
+    def step():
+        optimiser.zero_grad(set_to_none=True)
+        with fast_attention(device, bf16):
+            with autocast(device, bf16):
+                output = forward(x[:, :-1], told, y)
+            (output.float() - x[:, 1:]).square().mean().backward()
+        torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
+        optimiser.step()
+    return step
+
+
+def measure_training(name: str, N: int, batch: int, variants: dict[str, dict], device, repeats: int) -> dict[str, dict]:
+    """Rows of training steps, {name: {"batch", "peak_gib", "images" (a second), "ms" (an image), "tflops" (a second)}},
+    for variants {name: {"N", "checkpointing", and arguments of training_step}}. All share one network and one
+    optimiser. Recomputation is not counted as work."""
+    torch._dynamo.reset()  # each measurement compiles for its own shapes
+    model = network(name, N, device)
+    optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4, weight_decay=0.0,
+                                  fused=device.type == "cuda")
+    steps, macs = {}, {}
+    for row, variant in variants.items():
+        variant = dict(variant)
+        twin = changed(model, history_layers=variant.pop("N", N), checkpointing=variant.pop("checkpointing", False))
+        steps[row] = training_step(twin, optimiser, batch, device, **variant)
+        macs[row] = 3 * batch * (dense_macs(twin, 4) if variant.get("dense") else twin.macs(4))  # backward costs two
+    times = seconds(steps, device, repeats)
+    return {row: dict(batch=batch, peak_gib=peak_gib(steps[row], device), images=batch / t, ms=1000 * t / batch,
+                      tflops=2 * macs[row] / t / 1e12) for row, t in times.items()}
+
+
+def measure_sampling(name: str, N: int, batch: int, device, repeats: int, bf16: bool) -> dict[str, dict]:
+    """Rows of sampling: four steps with history, without it, by the dense reference; the teacher's 25, guided."""
+    model = network(name, N, device)
+    plain, about = changed(model, history_layers=0), dict(S=4, output="state", times=TIMES, told=TOLD)
+    x, y = torch.randn(batch, 4, 32, 32, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+
+    def run(function, low, *inputs):
+        with torch.no_grad(), autocast(device, low):
+            function(*inputs, x, y)
+    jobs = {"ours": (partial(run, few_step, bf16, model, about), model.macs(4)),
+            "ours, N = 0": (partial(run, few_step, bf16, plain, about), plain.macs(4)),
+            "dense reference": (partial(run, dense_sample, False, model, about),
+                                sum(dense_macs(model, s) for s in range(1, 5)))}
+    slow = {"teacher, 25 steps": (partial(run, solve, bf16, plain, ODE), 50 * plain.macs(1))}
+    times = seconds({row: job for row, (job, _) in jobs.items()}, device, repeats)
+    times |= seconds({row: job for row, (job, _) in slow.items()}, device, max(1, repeats // 5))
+    return {row: dict(batch=batch, peak_gib=peak_gib((jobs | slow)[row][0], device), images=batch / t,
+                      ms=1000 * t / batch, tflops=2 * (jobs | slow)[row][1] * batch / t / 1e12)
+            for row, t in times.items()}
+
+
+# ---- 3. The bill ----------------------------------------------------------------------------------------------------
+
+def bill(rates: dict[str, dict], count: int, iterations: int, batch: int = 64) -> dict[str, dict]:
+    """What distilling costs, {network and pixels: {column: value}}, from rates measured for each network at 256
+    pixels, {"XL/2": {"training", "sampling"}} in TFLOP/s, taken to hold at other sizes of image. Hours are of that one
+    device, without recomputation (with it, a third more); GiB are for 16 images at a time, with it and without."""
+    rows = {}
+    for name, rate in rates.items():
+        for pixels in (256, 512, 1024, 4096, 8192):
+            settings, latent = size(name), pixels // 8
+            N = round(settings["depth"] * 6 / 28)  # the paper's share of the layers
+            with torch.device("meta"):
+                model = DiT(**LATENT | dict(image_size=latent), **settings, learn_sigma=True, history_layers=N)
+            weights = 20 * sum(w.numel() for w in model.parameters())  # weight, gradient, AdamW's two, average
+            one, four = 2 * model.macs(1) / 1e12, 2 * model.macs(4) / 1e12
+            rows[f"DiT-{name} at {pixels}"] = {
+                "traj. h": count * 50 * one / rate["sampling"] / 3600,
+                "disk GB": count * 2 * (1 + len(MARKS)) * 4 * latent**2 / 1e9,
+                "distill h": iterations * batch * 3 * four / rate["training"] / 3600,
+                "GiB/16": (weights + 16 * model.activation_bytes(4, True)) / 2**30,
+                "recomputing": (weights + 16 * model.activation_bytes(4, True, checkpointing=True)) / 2**30,
+                "teacher ms": 1000 * 50 * one / rate["sampling"], "step ms": 1000 * 4 * one / rate["sampling"],
+                "ARD ms": 1000 * four / rate["sampling"], "ARD TFLOP": four, "history %": 100 * (four / (4 * one) - 1)}
+    return rows
+
+
+# ---- 4. The program -------------------------------------------------------------------------------------------------
+
+COLUMNS = {"batch": "d", "images": ".2f", "ms": ".2f", "tflops": ".3f", "share": ".1%", "peak_gib": ".1f"}
+BILL = {"traj. h": ".1f", "disk GB": ".0f", "distill h": ".1f", "GiB/16": ".1f", "recomputing": ".1f",
+        "teacher ms": ".1f", "step ms": ".2f", "ARD ms": ".2f", "ARD TFLOP": ".3f", "history %": ".2f"}
+
+
+def jobs_of(args, device) -> dict:
+    """{name: function that measures and returns rows}, the most telling first."""
+    cuda, N = device.type == "cuda", args.history_layers
+    best = precision(device, cuda)
+    low = best == torch.bfloat16
+    ours = dict(bf16=low, compiled=cuda)
+    variants = {"ours": ours, "ours, N = 0": ours | dict(N=0), "ours, recomputing": ours | dict(checkpointing=True),
+                "dense reference": dict(dense=True)}
+    if cuda:  # what of the difference is precision, and what the compiler
+        variants |= {"ours, not compiled": dict(bf16=low), "dense, bf16": dict(dense=True, bf16=low),
+                     "dense, bf16, compiled": ours | dict(dense=True)}
+    train = partial(measure_training, device=device, repeats=args.repeats)
+    jobs = {"matrix rate": lambda: {str(dtype): dict(tflops=matrix_rate(device, dtype) / 1e12)
+                                    for dtype in {best, torch.float32}},
+            f"training, {args.size}": lambda: train(args.size, N, args.batch, variants),
+            f"sampling, {args.size}": lambda: measure_sampling(args.size, N, args.sample_batch, device, args.repeats,
+                                                               low)}
+    if cuda:
+        jobs[f"training, {args.size}, large batch"] = lambda: train(args.size, N, 64, {"ours": ours})
+    if args.bill:
+        for name in ("S/2", "B/2", "L/2", "XL/2"):
+            layers = round(size(name)["depth"] * 6 / 28)
+            jobs[f"rates, {name}"] = lambda name=name, layers=layers: {
+                "training": train(name, layers, args.batch, {"": ours})[""],
+                "sampling": measure_sampling(name, layers, args.sample_batch, device, 1, low)["teacher, 25 steps"]}
+    return jobs
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", help="network, as SIZE/PATCH (default: S/2; on a GPU: XL/2)")
+    add("--batch", type=positive, help="images of a training step, to fit all variants (default: 4; on a GPU: 16)")
+    add("--sample-batch", type=positive, help="images sampled at a time (default: 4; on a GPU: 32)")
+    add("--history-layers", type=whole, help="lowest layers that read the history (default: 2; on a GPU: 6)")
+    add("--repeats", type=positive, default=7, help="measurements of each, of which the median is taken (default: 7)")
+    add("--bill", action="store_true", help="also measure all four sizes and compute what distilling with them costs")
+    add("--count", type=positive, default=1_280_000, help="of trajectories, for the bill (default: 1,280,000)")
+    add("--out", type=Path, default=Path("runs/benchmark"), help="folder for benchmark.json (default: runs/benchmark)")
+    add("--device", default="auto", help="auto, cuda or cpu (default: auto)")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    defaults = dict(size=("S/2", "XL/2"), batch=(4, 16), sample_batch=(4, 32), history_layers=(2, 6))
+    for key, values in defaults.items():
+        if getattr(args, key) is None:
+            setattr(args, key, values[device.type == "cuda"])
+    try:
+        with torch.device("meta"):
+            DiT(**LATENT, **size(args.size), history_layers=args.history_layers)
+    except ValueError as error:
+        raise Fault(str(error)) from None
+    file = make_folder(args.out) / "benchmark.json"
+    machine = dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else
+                   f"CPU, {torch.get_num_threads()} threads", torch=torch.__version__, **{
+                       key: getattr(args, key) for key in ("size", "batch", "sample_batch", "history_layers")})
+    there = json.loads(file.read_text()) if file.exists() else dict(machine=machine, results={})
+    if there["machine"] != machine:
+        raise Fault(f"{file} holds other measurements: {difference(there['machine'], machine)}. Choose another --out")
+    results = there["results"]
+    for title, job in jobs_of(args, device).items():
+        if title not in results:
+            rows = job()
+            rates = {name: row["tflops"] for name, row in results.get("matrix rate", rows).items()}  # measured first
+            fastest = max(rates, key=rates.get)
+            results[title] = {name: row | dict(share=row["tflops"] / rates[fastest]) for name, row in rows.items()}
+            save_json(file, there)
+        rows = results[title]
+        print(f"\n{title}", table(rows, COLUMNS), sep="\n")
+        if "dense reference" in rows:
+            ratio = rows["ours"]["images"] / rows["dense reference"]["images"]
+            over = rows["ours"]["ms"] / rows["ours, N = 0"]["ms"] - 1
+            print(f"ours: {ratio:.2f} times the images a second of the dense reference in torch.float32 "
+                  f"(TF32 on CUDA); history takes {over:.2%} more time than none")
+    if args.bill:
+        rates = {title.removeprefix("rates, "): {kind: row["tflops"] for kind, row in rows.items()}
+                 for title, rows in results.items() if title.startswith("rates, ")}
+        there["bill"] = bill(rates, args.count, 300_000)
+        save_json(file, there)
+        print(f"\n{args.count:,} trajectories, 300,000 iterations of 64, on one such device",
+              table(there["bill"], BILL), sep="\n")
+    print(f"\nimages: a second; ms: an image; share: of the best matrix rate. Wrote {file}")
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,165 @@
+"""Published checkpoints, made here in the published formats with random weights: they load strictly, and what they then
+do is what the public DiT and its sampler do, written plainly in this file."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+from distill import distill, make_student
+from model import SIZES, DiT, size
+from presets import STUDENTS, TEACHERS, choose
+from public import TIMES, TOLD
+from sample import few_step
+from teacher import PATHS, load_network, solve, write_trajectories
+from training import Fault, fingerprint
+
+
+def randomise(model):
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def public_dit(tmp_path_factory):
+    """DiT-S/8, the smallest of the twelve, as the file that the public repository gives: a dict of weights."""
+    model = randomise(DiT(image_size=32, channels=4, classes=1000, **size("S/8"), learn_sigma=True))
+    path = tmp_path_factory.mktemp("public") / "DiT-S-8-256x256.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def plain_dit(w, x, t, y, heads=6, patch=8):
+    """The public DiT's forward pass for one batch of latents, from its weights by name: (b, 8, 32, 32)."""
+    b, n, d = len(x), (32 // patch) ** 2, w["pos_embed"].shape[-1]
+    x = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=patch)
+    x = x.flatten(2).transpose(1, 2) + w["pos_embed"]
+    omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+    angles = t[:, None].float() * omega
+    c = torch.cat([angles.cos(), angles.sin()], 1)
+    c = F.linear(F.silu(F.linear(c, w["t_embedder.mlp.0.weight"], w["t_embedder.mlp.0.bias"])),
+                 w["t_embedder.mlp.2.weight"], w["t_embedder.mlp.2.bias"])
+    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
+
+    def norm(x, shift, scale):
+        return F.layer_norm(x, (d,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    for i in range(12):
+        def linear(x, name, i=i):
+            return F.linear(x, w[f"blocks.{i}.{name}.weight"], w[f"blocks.{i}.{name}.bias"])
+        a = linear(c, "adaLN_modulation.1").chunk(6, 1)
+        qkv = linear(norm(x, a[0], a[1]), "attn.qkv").reshape(b, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
+        weights = (qkv[0] @ qkv[1].transpose(-1, -2) / math.sqrt(d // heads)).softmax(-1)
+        x = x + a[2][:, None] * linear((weights @ qkv[2]).transpose(1, 2).reshape(b, n, d), "attn.proj")
+        x = x + a[5][:, None] * linear(F.gelu(linear(norm(x, a[3], a[4]), "mlp.fc1"), approximate="tanh"), "mlp.fc2")
+    a = F.linear(c, w["final_layer.adaLN_modulation.1.weight"], w["final_layer.adaLN_modulation.1.bias"]).chunk(2, 1)
+    x = F.linear(norm(x, *a), w["final_layer.linear.weight"], w["final_layer.linear.bias"])
+    side = 32 // patch
+    x = x.reshape(b, side, side, patch, patch, 8)
+    return torch.einsum("nhwpqc->nchpwq", x).reshape(b, 8, 32, 32)
+
+
+def plain_ddim(w, x, y):
+    """The public sampler: 25 respaced times, guidance 1.5 on three channels, DDIM without noise (η = 0)."""
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    times = [round(k * 999 / 24) for k in range(25)]
+    for i in range(24, -1, -1):
+        t = torch.full((2 * len(x),), times[i])
+        both = plain_dit(w, torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, 1000)]))[:, :4]
+        cond, uncond = both.chunk(2)
+        eps = cond.clone()
+        eps[:, :3] = uncond[:, :3] + 1.5 * (cond - uncond)[:, :3]
+        bar, before = bars[times[i]], bars[times[i - 1]] if i else 1.0
+        x0 = (x - math.sqrt(1 - bar) * eps) / math.sqrt(bar)
+        x = math.sqrt(before) * x0 + math.sqrt(1 - before) * eps
+    return x
+
+
+def test_the_public_dit_drives_the_public_samplers_ode(public_dit):
+    model, about = load_network(public_dit, "teacher")
+    assert model.null_class == 1000 and about["model"]["learn_sigma"]
+    x, y = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 999])
+    _, states, _ = solve(model, about, x, y)
+    assert states.shape[1] == 26
+    with torch.no_grad():
+        expected = plain_ddim(torch.load(public_dit, weights_only=True), x, y)
+    assert (states[:, -1] - expected).norm() < 1e-3 * expected.norm() and (expected - x).norm() > 0.1 * x.norm()
+
+
+@pytest.mark.parametrize("letters", ["S", "B", "L", "XL"])
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_all_twelve_sizes_are_recognised_by_their_shapes(letters, patch):
+    from public import configuration
+    settings = dict(image_size=32, channels=4, classes=1000, **size(f"{letters}/{patch}"), learn_sigma=True)
+    with torch.device("meta"):
+        weights = DiT(**settings).state_dict()
+    assert configuration(weights) == settings | dict(step_heads=1) and letters in SIZES
+
+
+def test_a_public_ard_training_checkpoint_samples(tmp_path, public_dit):
+    """Four output heads, clean predictions, told times; `args` is a Namespace, which a safe load refuses unasked."""
+    model = randomise(DiT(image_size=32, channels=4, classes=1000, **size("S/8"), learn_sigma=True, step_heads=4))
+    path = tmp_path / "0300000.pt"
+    torch.save({"model": {}, "ema": model.state_dict(), "opt": {}, "args": argparse.Namespace(lr=1e-4)}, path)
+    student, about = load_network(path, "student")
+    assert about["told"] == [999.0, 749.25, 499.5, 249.75] and student.history_layers == 6
+    assert about["times"] == PATHS["ddpm"].grid(25)[[0, 10, 15, 20, 25]].tolist()
+    x, y = torch.randn(2, 4, 32, 32), torch.tensor([0, 7])
+    states = few_step(student, about, x, y)
+    whole = student(states[:, :4], torch.tensor(about["told"]), y)  # what each step put out is the next state
+    assert whole.norm() > 1 and (whole - states[:, 1:]).norm() < 1e-4 * whole.norm()
+
+
+def test_the_recipe_of_imagenet256_starts_from_a_public_checkpoint(tmp_path, public_dit, monkeypatch):
+    monkeypatch.setattr(data, "SHARD", 2)
+    teacher, about = load_network(public_dit, "teacher")
+    given = argparse.Namespace(preset="imagenet256", iterations=2, batch=2, bf16=False)
+    solver, preset = choose(TEACHERS, given), choose(STUDENTS, given)
+    write_trajectories(teacher, about, tmp_path / "t", 2, torch.device("cpu"),
+                       marks=solver["marks"], keep=solver["keep"])
+    trajectories = data.Trajectories(tmp_path / "t", fingerprint(teacher.state_dict()), 4, preset["trajectory"])
+    student, about = make_student(teacher, about, preset)
+    for head in student.head_names:  # each step starts with a copy of the teacher's output layer
+        assert torch.equal(getattr(student, head).linear.weight, teacher.final_layer.linear.weight)
+    before = {name: w.clone() for name, w in student.state_dict().items()}
+    student, about, [(_, loss)] = distill(student, about, trajectories, preset, tmp_path / "student.pt",
+                                          torch.device("cpu"))
+    changed = [name for name, w in student.state_dict().items() if not torch.equal(w, before[name])]
+    assert loss > 0 and {f"{head}.linear.weight" for head in student.head_names} <= set(changed)
+    again, about = load_network(tmp_path / "student.pt", "student")
+    assert (about["told"], about["times"]) == (TOLD, TIMES) and about["guided_channels"] == 3
+    x, y = data.noise_and_labels(about, 0, range(2))
+    assert few_step(again, about, x, y)[:, 1:].std() > 0
+
+
+def test_what_is_no_public_dit_is_refused(tmp_path):
+    for name, content in (("a.pt", {"weights": torch.zeros(3)}), ("b.pt", {"x_embedder.proj.weight": torch.zeros(3)}),
+                          ("c.pt", {"ema": 3})):
+        torch.save(content, tmp_path / name)
+        with pytest.raises(Fault, match="neither a checkpoint of this project nor a public DiT"):
+            load_network(tmp_path / name, "teacher")
+
+
+def test_a_diffusers_folder_is_the_same_network(tmp_path, public_dit):
+    diffusers = pytest.importorskip("diffusers", reason="optional package diffusers is not installed")
+    ours, _ = load_network(public_dit, "teacher")
+    theirs = diffusers.DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=12, sample_size=32,
+        patch_size=8, num_embeds_ada_norm=1000, norm_type="ada_norm_zero", activation_fn="gelu-approximate",
+        attention_bias=True, norm_elementwise_affine=False)
+    randomise(theirs).save_pretrained(tmp_path / "dit")
+    for block in theirs.transformer_blocks[1:]:  # the copies of the embeddings are equal in published weights
+        block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
+    theirs.eval().save_pretrained(tmp_path / "dit")
+    model, _ = load_network(tmp_path / "dit", "teacher")
+    x, t, y = torch.randn(2, 4, 32, 32), torch.tensor([0, 0]), torch.tensor([3, 8])
+    with torch.no_grad():
+        # at t = 0 the two agree on the sinusoids, whose frequencies differ a little in diffusers (127 in place of 128)
+        expected = theirs(x, timestep=t, class_labels=y).sample[:, :4]
+        output = model(x[:, None], t[:, None], y)[:, 0]
+    assert expected.norm() > 1 and (output - expected).norm() < 1e-4 * expected.norm()
