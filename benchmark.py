@@ -282,8 +282,8 @@ def main():
         raise Fault(str(error)) from None
     file = make_folder(args.out) / "benchmark.json"
     machine = dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else
-                   f"CPU, {torch.get_num_threads()} threads", torch=torch.__version__, **{
-                       key: getattr(args, key) for key in ("size", "batch", "sample_batch", "history_layers")})
+                   f"CPU, {torch.get_num_threads()} threads", torch=torch.__version__,
+                   **{key: getattr(args, key) for key in defaults})
     there = json.loads(file.read_text()) if file.exists() else dict(machine=machine, results={})
     if there["machine"] != machine:
         raise Fault(f"{file} holds other measurements: {difference(there['machine'], machine)}. Choose another --out")
@@ -291,9 +291,8 @@ def main():
     for title, job in jobs_of(args, device).items():
         if title not in results:
             rows = job()
-            rates = {name: row["tflops"] for name, row in results.get("matrix rate", rows).items()}  # measured first
-            fastest = max(rates, key=rates.get)
-            results[title] = {name: row | dict(share=row["tflops"] / rates[fastest]) for name, row in rows.items()}
+            best = max(row["tflops"] for row in results.get("matrix rate", rows).values())  # measured first
+            results[title] = {name: row | dict(share=row["tflops"] / best) for name, row in rows.items()}
             save_json(file, there)
         rows = results[title]
         print(f"\n{title}", table(rows, COLUMNS), sep="\n")

@@ -50,6 +50,10 @@ class Dataset:
             images = images.float() / 127.5 - 1
         return images, torch.from_numpy(np.asarray(self.labels[index])).long()
 
+    def some(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`count` of them at random, always the same and none twice: a data set may be sorted by class."""
+        return self.batch(stream(0, 0).permutation(len(self))[:count])
+
     def draw(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """A random batch, with random horizontal flips where the data set has them on: a function of `rng` alone."""
         images, labels = self.batch(rng.integers(len(self), size=count))
@@ -470,7 +474,7 @@ def main():
         return
     if args.data == "points":
         raise Fault("points are not pictures: `python distill.py --preset points` draws them in the plane")
-    images, labels = load(args.data, args.image_size or 16, count=100).draw(100, stream(0, 0))
+    images, labels = load(args.data, args.image_size or 16, count=100).some(100)
     out = writable((args.out or Path("runs/data.png")).with_suffix(".png"))
     grid(images[labels.argsort()], columns=10).save(out)
     print(f"wrote {out}")

@@ -106,11 +106,6 @@ def coverage(points, by, k=3, block=1000) -> float:
     return torch.cat(inside).double().mean().item()
 
 
-def some(dataset: data.Dataset, count: int):
-    """`count` images and labels of a data set, which may be sorted by class: at random, without repetition."""
-    return dataset.batch(data.stream(0, 0).permutation(len(dataset))[:count])
-
-
 def distances(classifier, images, labels, real) -> dict:
     """The distances of a set of images from the features of real ones, and the accuracy where labels are given."""
     found, predicted = features(classifier, images)
@@ -211,7 +206,7 @@ def draw(curves: dict[str, dict], rows: dict, out: Path):
         left.plot(steps, curve["own"], "o-", color=f"C{i}", label=f"{name}, fed its own")
     left.set(xlabel="step", ylabel="mean squared error to the teacher's state", yscale="log", title="Exposure bias")
     left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)  # below: curves fill the panel
     right.axhline(rows["other real images"]["frechet"], color="0.6", linestyle=":", label="other real images")
     for name, row in rows.items():
         if row.get("gmacs"):
@@ -254,10 +249,10 @@ def main():
     if len(held_out) < 200:
         raise Fault(f"only {len(held_out)} real images are kept for testing, and 64 features need at least 200")
     classifier = train_classifier(train_set, about, Path("runs/classifiers"), device)
-    real_images, real_labels = some(held_out, args.count)
+    real_images, real_labels = held_out.some(args.count)
     real, predicted = features(classifier, real_images)
     print(f"classifier: {(predicted == real_labels).double().mean():.2%} right on {len(real):,} held-out real images")
-    rows = {"other real images": distances(classifier, *some(train_set, len(real)), real)}
+    rows = {"other real images": distances(classifier, *train_set.some(len(real)), real)}
 
     curves, shown = {}, {}
     for name, (student, about) in students.items():

@@ -126,7 +126,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise Fault(f"this machine, or this build of PyTorch, has no {name} device: use --device auto")
     device = torch.device(name)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device
 

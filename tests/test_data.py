@@ -266,6 +266,14 @@ def test_a_random_batch_depends_on_its_generator_only():
         assert label in labels[known]
 
 
+def test_some_are_of_every_class_and_none_comes_twice():
+    images = np.arange(300, dtype=np.float32).reshape(300, 1, 1, 1)
+    sorted_by_class = data.Dataset(images, np.repeat([0, 1, 2], 100), "abc")
+    images, labels = sorted_by_class.some(60)
+    assert len(images.unique()) == 60 and min(labels.bincount()) > 10
+    assert torch.equal(images, sorted_by_class.some(60)[0]) and len(sorted_by_class.some(1000)[0]) == 300
+
+
 def test_pixels_survive_the_way_to_floats_and_back():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
     images, _ = everything(data.Dataset(pixels, np.zeros(1, np.int64), ["a"]))

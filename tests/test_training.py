@@ -392,3 +392,10 @@ def test_bfloat16_training_keeps_float32_weights_and_almost_the_gradient(monkeyp
     assert gradients[True].dtype == torch.float32
     gap = (gradients[True] - gradients[False]).norm() / gradients[False].norm()
     assert 0 < gap < 0.05  # bfloat16 keeps 8 bits
+
+
+def test_one_gpu_needs_no_number(monkeypatch):
+    """No GPU is needed to see it: with a device that has no index, set_device would raise at once."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("cuda")
+    torch.backends.cuda.matmul.allow_tf32 = False
