@@ -30,6 +30,7 @@ from training import (Fault, Progress, autocast, command, difference, machine_fl
                       pick_device, positive, rank, replace_file, save_json, wait_for_all, world, writable)
 
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "heart", "bar", "bow")
+IMAGES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 class Dataset:
@@ -189,8 +190,7 @@ def list_images(root: str | Path) -> tuple[list[str], list[tuple[Path, int, bool
     if not root.is_dir():
         raise Fault(f"no such folder of images: {root}")
     classes = sorted(d.name for d in root.iterdir() if d.is_dir())
-    endings = {".png", ".jpg", ".jpeg", ".webp"}
-    files = {name: sorted(f for f in (root / name).iterdir() if f.suffix.lower() in endings) for name in classes}
+    files = {name: sorted(f for f in (root / name).iterdir() if f.suffix.lower() in IMAGES) for name in classes}
     classes = [name for name in classes if files[name]]
     if not classes:
         raise Fault(f"no images in {root}: expected {root}/<class>/*.png (or jpg, jpeg, webp)")

@@ -29,20 +29,24 @@ import torch
 import data
 from model import HISTORIES, DiT
 from presets import COMMON, STUDENTS, TEACHERS, choose
-from sample import compare, figure, table
+from sample import compare, few_step, figure, table
 from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
 from training import (Fault, command, export, fingerprint, load_weights, make_folder, pick_device,
-                      positive, precision, rank, recompute, save_json, train, training_flags, whole, writable)
+                      positive, precision, rank, recompute, save_json, share, train, training_flags, whole, writable)
 
 
-def ard_loss(model, about: dict, x, y):
+def ard_loss(model, about: dict, x, y, own=0.0):
     """The mean over the S steps of || x̂_{τ_{s-1}} − x_{τ_{s-1}} ||², teacher-forced.
 
     x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first: of states, or of clean predictions, which carry
     the times of the states at their marks; y: (b,). The model reads the first S and is asked for the last S: the same
-    sequence, one step ahead."""
+    sequence, one step ahead. A share `own` of the batch is fed the student's own history instead, as when it samples,
+    and asked for the teacher's states all the same (not in the paper; DAgger's idea, 1011.0686)."""
     times, told = (torch.tensor(about[key], device=x.device) for key in ("times", "told"))
     history, target = x[:, :-1], x[:, 1:]  # (b, S, c, h, w)
+    k = round(own * len(x))
+    if k:
+        history = torch.cat([few_step(model, about, x[:k, 0], y[:k])[:, :-1], history[k:]])
     output = model(history, told, y).float()
     prediction = advance(about, output, history, times[:-1], times[1:])
     return (prediction - target).square().mean()
@@ -80,7 +84,7 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     about = about | {key: meta[key] for key in ("teacher", "guidance", "guided_channels", "steps")} | dict(
         marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each of the S states
         times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
-        training=dict(**fit, seed=seed, count=len(trajectories), noise=meta["seed"]))
+        training=dict(**fit, own=preset["own"], seed=seed, count=len(trajectories), noise=meta["seed"]))
 
     student.to(device).checkpointing = recompute(preset, student, about["S"], device)
 
@@ -91,7 +95,8 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     print(f"distilling into {about['S']} steps: {config['history']} history in {config['history_layers']} of "
           f"{config['depth']} layers, {fit['iterations']:,} iterations of {fit['batch']} on {device} in "
           f"{precision(device, preset['bf16'])}, into {out}")
-    student, losses = train("student", student, batch_of, lambda model, x, y: ard_loss(model, about, x, y),
+    student, losses = train("student", student, batch_of,
+                            lambda model, x, y: ard_loss(model, about, x, y, preset["own"]),
                             out, about, **fit, warmup=fit["iterations"] // 20, **how)
     return student, about, losses
 
@@ -113,6 +118,7 @@ def main():
     add("--output", choices=("direction", "state"), help="put out what the Euler step needs, or the next state itself")
     add("--step-heads", action=argparse.BooleanOptionalAction,
         help="an output layer for each step instead of one for all")
+    add("--own", type=share, help="share of the samples that are fed the student's own history in training")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
     training_flags(add)
     args = parser.parse_args()

@@ -3,32 +3,35 @@
 Distances between sets of images are taken in the features of a *small classifier trained on the same data set*, which
 this program trains when it first needs it. They compare methods on one data set; they are not the FID of papers.
 
-    Fréchet distance      between Gaussians fitted to the features of generated and of held-out real images
-    precision, recall     the share of generated images close to real ones, and the reverse (1904.06991, k = 3)
+    Fréchet distance, precision, recall     of generated images against held-out real ones (metrics.py)
     accuracy              how often the classifier sees the class that was asked for
     error                 mean squared error to the teacher's full-step image from the same noise and label
     exposure bias         the error per step when fed the teacher's states, and when fed its own (distill.py)
+    attention             how much of it goes from each state to each earlier one: what the history is used for
 
     python evaluate.py                              the shapes student that ships with the repository
     python evaluate.py runs/shapes runs/n0          several runs of one teacher, side by side
     python evaluate.py --flops DiT-XL/2             what a network costs, by count: 4 states, history in 6 layers
+    python evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz      the papers' protocol
 
-The table goes to the screen and evaluation.json; the pictures are evaluation.png and samples.png.
+Tables go to the screen and evaluation.json (protocol.json); the pictures are evaluation.png and samples.png.
 """
 
 import argparse
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
 import data
-from model import HISTORIES, DiT, size
-from sample import HELD_OUT, compare, figure, methods, seen, table
-from teacher import ASSETS, PATHS, advance, load_network
+from metrics import coverage, frechet, moments, protocol
+from model import HISTORIES, DiT, size, visible
+from sample import HELD_OUT, as_learned, compare, figure, methods, seen, table
+from teacher import ASSETS, PATHS, advance, load_network, solve
 from training import (Fault, Progress, at_once, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
                       positive, save_json, train, whole, writable)
 
@@ -85,35 +88,59 @@ def features(classifier, images, batch=500):
     return torch.cat(found), torch.cat(predicted)
 
 
-# ---- 2. Distances ---------------------------------------------------------------------------------------------------
+# ---- 2. A judge -----------------------------------------------------------------------------------------------------
 
-def frechet(a, b) -> float:
-    """Fréchet distance between Gaussians fitted to features a (N, d) and b (M, d):
-    ‖μ_a − μ_b‖² + tr(C_a + C_b − 2 (C_a C_b)^½)                                                 (FID, 1706.08500)"""
-    ca, cb = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # C_a^½
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()  # tr (C_a C_b)^½
-    return ((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross).item()
+class Judge:
+    """Compares ways of sampling a teacher's data set: with held-out real images, in the features of the data set's
+    classifier, and with the teacher's own images from the same `count` held-out noises. `source`: the data set, if it
+    is not where the teacher saw it. Raises Fault where there are too few images."""
+
+    def __init__(self, teacher, about: dict, count: int, device, bf16=False, source: str | None = None):
+        self.about, self.count, self.device, self.bf16 = about, count, device, bf16
+        kind = (source or about["data"], about["model"]["image_size"], about["model"]["channels"])
+        train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=count)
+        if min(len(held_out), count) < 200:
+            raise Fault(f"64 features need at least 200 images of each kind, and there are {len(held_out)} real ones "
+                        f"kept for testing, to be compared with {count}: choose another --data, or --count")
+        self.classifier = train_classifier(train_set, about, Path("runs/classifiers"), device)
+        real_images, real_labels = held_out.some(count)
+        self.real, predicted = features(self.classifier, real_images)
+        self.right = (predicted == real_labels).double().mean().item()
+        self.rows = {"other real images": self.distances(*train_set.some(len(self.real)))}
+        images, labels = self.generate(lambda x_T, y: solve(teacher, about, x_T, y)[1], "teacher")
+        self.target = images
+        self.best = self.distances(images, labels) | dict(above=0.0, error=0.0)
+
+    def generate(self, run, title):
+        """Images (N, c, h, w) by a way of sampling, (x_T, y) -> states, from held-out noises; and their labels."""
+        images, labels, batch = [], [], at_once(self.device)
+        for start in Progress(title, range(0, self.count, batch), unit="images", weight=batch):
+            x_T, y = data.noise_and_labels(self.about, HELD_OUT, range(start, min(start + batch, self.count)))
+            with autocast(self.device, self.bf16):
+                images.append(run(x_T.to(self.device), y.to(self.device))[:, -1].cpu())
+            labels.append(y)
+        images = torch.cat(images)
+        if not images.isfinite().all():
+            raise Fault(f"{title}: some images are not finite. Was the training cut short, or its --lr too high?")
+        return images, torch.cat(labels)
+
+    def distances(self, images, labels) -> dict:
+        """Fréchet distance, precision and recall to the held-out real images, and accuracy."""
+        found, predicted = features(self.classifier, images)
+        return dict(frechet=frechet(moments(found), moments(self.real)),
+                    precision=coverage(found, by=self.real), recall=coverage(self.real, by=found),
+                    accuracy=(predicted == labels).double().mean().item())
+
+    def __call__(self, run, title: str) -> dict:
+        """The row of a way of sampling: its distances, how far `above` the teacher's is the Fréchet distance, and the
+        mean squared error to the teacher's images."""
+        images, labels = self.generate(run, title)
+        row = self.distances(images, labels)
+        return row | dict(above=row["frechet"] - self.best["frechet"],
+                          error=(images - self.target).square().mean().item())
 
 
-def coverage(points, by, k=3, block=1000) -> float:
-    """The share of `points` (N, d) that lie within the manifold of `by` (M, d): in the ball of at least one of its
-    points, whose radius reaches its k-th neighbour (1904.06991). Precision is coverage(generated, by=real), recall is
-    coverage(real, by=generated)."""
-    radius = torch.cat([torch.cdist(rows, by).kthvalue(k + 1, dim=1).values for rows in by.split(block)])  # 1st: itself
-    inside = [(torch.cdist(rows, by) <= radius).any(dim=1) for rows in points.split(block)]
-    return torch.cat(inside).double().mean().item()
-
-
-def distances(classifier, images, labels, real) -> dict:
-    """The distances of a set of images from the features of real ones, and the accuracy where labels are given."""
-    found, predicted = features(classifier, images)
-    return dict(frechet=frechet(found, real), precision=coverage(found, by=real), recall=coverage(real, by=found),
-                accuracy=(predicted == labels).double().mean().item())
-
-
-# ---- 3. Exposure bias -----------------------------------------------------------------------------------------------
+# ---- 3. Exposure bias, and what the history is used for -------------------------------------------------------------
 
 @torch.no_grad()
 def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[str, list[float]]:
@@ -129,6 +156,32 @@ def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[s
     forced = advance(about, student(truth[:, :S], told, y).float(), truth[:, :S], times[:-1], times[1:])
     return {name: rearrange((x - truth[:, 1:]).square(), "b s c h w -> s (b c h w)").mean(1).tolist()
             for name, x in (("forced", forced), ("own", own_states[:, 1:]))}
+
+
+@torch.no_grad()
+def attention(student, states, y, told) -> list:
+    """How a student that reads the states (b, S, c, h, w) spreads its attention: (N, S, S), for each of its N history
+    layers and each state the shares that go to each of the states, the mean over samples, tokens and heads. y: (b,);
+    told: (S,), the states' times."""
+    shares = []
+
+    def watch(module, args, output):  # computes again what scaled_dot_product_attention keeps to itself
+        x, history, _ = args
+        S, n = x.shape[1:3]
+        q, k, _ = rearrange(module.qkv(x), "b s n (qkv h d) -> qkv b h (s n) d", qkv=3, h=module.heads)
+        owner = torch.arange(S, device=x.device).repeat_interleave(n)[None, None, :, None]  # whose key it is
+        rows = torch.zeros(S, S, device=x.device)
+        for i, queries in enumerate(q.split(n, dim=2)):
+            scores = queries @ visible(k, i, n, history).mT / q.shape[-1] ** 0.5
+            weights = scores.float().softmax(-1).mean((0, 1, 2))
+            rows[i].index_add_(0, visible(owner, i, n, history).flatten(), weights)
+        shares.append(rows.tolist())
+
+    hooks = [block.attn.register_forward_hook(watch) for block in student.blocks[: student.history_layers]]
+    student(states, told, y)
+    for hook in hooks:
+        hook.remove()
+    return shares
 
 
 # ---- 4. Cost --------------------------------------------------------------------------------------------------------
@@ -156,20 +209,13 @@ COLUMNS = {"calls": "d", "gmacs": ".4f", "ms": ".2f", "error": ".6f", "frechet":
            "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
 
 
-def generate(run, about: dict, count: int, device, bf16=False, title="sampling"):
-    """`count` images (N, c, h, w) by a way of sampling, (x_T, y) -> states, from held-out noises; and their
-    labels."""
-    images, labels, batch = [], [], at_once(device)
-    for start in Progress(title, range(0, count, batch), unit="images", weight=batch):
-        x_T, y = data.noise_and_labels(about, HELD_OUT, range(start, min(start + batch, count)))
-        with autocast(device, bf16):
-            images.append(run(x_T.to(device), y.to(device))[:, -1].cpu())
-        labels.append(y)
-    return torch.cat(images), torch.cat(labels)
+PROTOCOL = {"images": ",d", "fid": ".3f", "sfid": ".3f", "inception_score": ".3f", "precision": ".4f",
+            "recall": ".4f"}
 
 
 def load_runs(runs: list[Path], teacher_path: Path | None, device):
-    """Students, from run folders or files, and the teacher they share: ({name: (model, about)}, teacher, its about).
+    """Students, from run folders or files, and the teacher they share: ({name: (model, about)}, teacher, its about,
+    with the guidance they learned).
     The teacher is looked for at `teacher_path`, or else beside the first student, in runs/ and among the shipped
     ones. Raises Fault when it is not there, or when the students' trajectories differ in kind."""
     students = {}
@@ -188,18 +234,19 @@ def load_runs(runs: list[Path], teacher_path: Path | None, device):
     for place in [teacher_path] if teacher_path else filter(Path.exists, places):
         model, about = load_network(place, "teacher", device)
         if fingerprint(model.state_dict()) == fingerprint_wanted:
-            return students, model, about
+            return students, model, as_learned(about, next(iter(students.values()))[1])
     raise Fault(f"{teacher_path} is not the teacher of {runs[0]}" if teacher_path else
                 f"the teacher of {runs[0]} was not found: name it with --teacher")
 
 
-def draw(curves: dict[str, dict], rows: dict, out: Path):
-    """evaluation.png: the exposure-bias curves, and distance against cost."""
+def draw(curves: dict[str, dict], shares: dict[str, list], out: Path):
+    """evaluation.png: the exposure-bias curves and, for each student with a history, where its attention goes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    page, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    page, axes = plt.subplots(1, 1 + len(shares), figsize=(5.5 + 5.5 * len(shares), 4.4), squeeze=False)
+    left, *others = axes[0]
     for i, (name, curve) in enumerate(curves.items()):
         steps = range(1, len(curve["own"]) + 1)
         left.plot(steps, curve["forced"], "o--", color=f"C{i}", label=f"{name}, fed the teacher's states")
@@ -207,13 +254,17 @@ def draw(curves: dict[str, dict], rows: dict, out: Path):
     left.set(xlabel="step", ylabel="mean squared error to the teacher's state", yscale="log", title="Exposure bias")
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)  # below: curves fill the panel
-    right.axhline(rows["other real images"]["frechet"], color="0.6", linestyle=":", label="other real images")
-    for name, row in rows.items():
-        if row.get("gmacs"):
-            right.plot(row["gmacs"], row["frechet"], "o", label=name)
-    right.set(xlabel="billion multiply-accumulates an image", ylabel="Fréchet distance (small classifier)",
-              xscale="log", yscale="log", title="Distance to real images against cost")
-    right.legend(fontsize=8)
+    for axis, (name, layers) in zip(others, shares.items(), strict=True):
+        step, read = torch.tril_indices(len(layers[0]), len(layers[0]))
+        cells = 100 * torch.tensor(layers)[:, step, read]  # (N, pairs), %
+        axis.imshow(cells, vmin=0, vmax=100, cmap="Blues", origin="lower", aspect="auto")
+        for (layer, pair), cell in np.ndenumerate(cells.numpy()):
+            axis.text(pair, layer, f"{cell:.0f}", ha="center", va="center", fontsize=8, color="C1")
+        labels = [f"step {i + 1}: {'itself' if i == j else 'noise' if j == 0 else f'state {j}'}"
+                  for i, j in zip(step.tolist(), read.tolist(), strict=True)]
+        axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
+        axis.set_yticks(range(len(layers)), range(1, len(layers) + 1))
+        axis.set(ylabel="layer", title=f"{name}: what a step's attention reads, %")
     page.tight_layout()
     page.savefig(writable(out), dpi=110)
     plt.close(page)
@@ -227,6 +278,9 @@ def main():
     add("--data", help="the data set, where it is no longer where the teacher saw it")
     add("--count", type=positive, default=5000, help="generated and real images to compare (default: 5000)")
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder for the results (default: runs/evaluation)")
+    add("--samples", type=Path, help="instead: ADM's protocol for these images, an .npz file with arr_0, or a folder")
+    add("--reference", type=Path, help="and for these real ones: ADM's .npz, or a folder of images")
+    add("--inception", type=Path, metavar="FILE", help="torch-fidelity's Inception weights (default: it fetches them)")
     add("--flops", metavar="SIZE/PATCH", help="instead: count the arithmetic of a network, of these four properties:")
     add("--image-size", type=positive, default=32, help="pixels, or latents, of a side (default: 32, 256 pixels)")
     add("--channels", type=positive, default=4, help="of its images or latents (default: 4)")
@@ -238,39 +292,35 @@ def main():
         rows = costs_of(args.flops, args.image_size, args.channels, args.steps, args.history_layers)
         print(table(rows, {"gmacs": ".2f", "percent": ".2f"}))
         return
-    if args.count < 200:
-        raise Fault("64 features need at least 200 images: raise --count")
-
     device, out = pick_device(args.device), make_folder(args.out)
+    if args.samples or args.reference:
+        if not (args.samples and args.reference):
+            raise Fault("the protocol compares --samples with a --reference: give both")
+        row = protocol(args.samples, args.reference, args.inception, device)
+        print("", table({str(args.samples): row}, PROTOCOL), "", sep="\n")
+        save_json(out / "protocol.json", dict(samples=str(args.samples), reference=str(args.reference), **row))
+        print(f"wrote {out / 'protocol.json'}")
+        return
     students, teacher, teacher_about = load_runs(args.runs, args.teacher, device)
-    about = next(iter(students.values()))[1]
-    kind = (args.data or about["data"], about["model"]["image_size"], about["model"]["channels"])
-    train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=args.count)
-    if len(held_out) < 200:
-        raise Fault(f"only {len(held_out)} real images are kept for testing, and 64 features need at least 200")
-    classifier = train_classifier(train_set, about, Path("runs/classifiers"), device)
-    real_images, real_labels = held_out.some(args.count)
-    real, predicted = features(classifier, real_images)
-    print(f"classifier: {(predicted == real_labels).double().mean():.2%} right on {len(real):,} held-out real images")
-    rows = {"other real images": distances(classifier, *train_set.some(len(real)), real)}
+    judge = Judge(teacher, teacher_about, args.count, device, args.bf16, args.data)
+    print(f"classifier: {judge.right:.2%} right on {len(judge.real):,} held-out real images")
 
-    curves, shown = {}, {}
+    rows, curves, shares, shown = dict(judge.rows), {}, {}, {}
     for name, (student, about) in students.items():
         costs, states, y = compare(teacher, teacher_about, student, about, device, args.bf16)
         for way, (calls, run) in methods(teacher, teacher_about, student, about).items():
             row = way.replace("student", name).replace("its", f"{name},")
             if row not in rows:  # the teacher's rows are shared
-                images, labels = generate(run, about, args.count, device, args.bf16, row)
                 macs = calls * teacher.macs() if way.startswith("teacher") else student.macs(calls)
-                rows[row] = costs[way] | dict(gmacs=macs / 1e9) | distances(classifier, images, labels, real)
+                found = judge(run, row) if shown else judge.best  # the first way is the teacher's own
+                rows[row] = costs[way] | dict(gmacs=macs / 1e9) | found
                 shown[row] = states[way]
         full, _, own = list(states.values())[:3]
         with autocast(device, args.bf16):
             curves[name] = exposure_bias(student, about, full, own, y)
+            if len(states) > 3:
+                shares[name] = attention(student, own[:, :-1], y, torch.tensor(about["told"], device=device))
 
-    best = rows[f"teacher, {about['steps']} steps"]["frechet"]
-    for row in rows.values():
-        row["above"] = row["frechet"] - best
     print("", table(rows, COLUMNS), "", sep="\n")
     print("calls of the network, and billions of multiply-accumulates (gmacs), for an image; error: to the teacher's;\n"
           "frechet: to real images, in features of a small classifier (not FID); above: minus that of the teacher\n")
@@ -278,9 +328,10 @@ def main():
         for fed in ("forced", "own"):
             print(f"{name}: error per step, fed {'the teacher' if fed == 'forced' else 'its own'}: "
                   + "  ".join(f"{e:.6f}" for e in curve[fed]))
-    save_json(out / "evaluation.json", dict(count=args.count, device=str(device), rows=rows, exposure=curves,
+    save_json(out / "evaluation.json", dict(count=args.count, device=str(device), rows=rows,
+                                            exposure=curves, attention=shares,
                                             runs={name: about for name, (_, about) in students.items()}))
-    draw(curves, rows, out / "evaluation.png")
+    draw(curves, shares, out / "evaluation.png")
     number = 100 if about["model"]["image_size"] == 1 else 16
     figure({name: s[:number] for name, s in shown.items() if "shuffled" not in name}, out / "samples.png", y[:number])
     print(f"\nwrote evaluation.json, evaluation.png and samples.png into {out}")

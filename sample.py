@@ -23,10 +23,11 @@ from einops import rearrange
 from PIL import Image
 
 import data
+from metrics import write_npz
 from model import KVCache
 from teacher import ASSETS, PATHS, advance, load_network, over, solve
 from training import (Fault, Progress, autocast, command, gather, machine_flags, make_folder, pick_device, positive,
-                      rank, replace_file, strength, synchronise, whole, world, writable)
+                      rank, strength, synchronise, whole, world, writable)
 
 
 @torch.no_grad()
@@ -69,12 +70,18 @@ def seen(about: dict, states, times):
 HELD_OUT = 2**34  # the seed of the noises on which students are judged; none is trained or tuned on it
 
 
+def as_learned(teacher_about: dict, about: dict) -> dict:
+    """A teacher's `about` with the ODE that a student of it has learned: its trajectories may have had another
+    guidance or number of steps."""
+    return teacher_about | {key: about[key] for key in ("guidance", "guided_channels", "steps") if key in about}
+
+
 def methods(teacher, teacher_about: dict, student, about: dict) -> dict:
     """{name: (network calls, (x_T, y) -> states)}: the teacher at its full steps, the teacher at the student's S
     steps, the student and, where it has a history, the control: the student whose history is shuffled across the
     batch."""
     S, full, twice = about["S"], about["steps"], 1 if about["guidance"] == 1 else 2  # guidance takes two calls a step
-    same = teacher_about | {key: about[key] for key in ("guidance", "guided_channels") if key in about}  # as it learned
+    same = as_learned(teacher_about, about)
     ways = {
         f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, same, x_T, y, full)[1]),
         f"teacher, {S} steps": (S * twice, lambda x_T, y: solve(teacher, same, x_T, y, S)[1]),
@@ -165,6 +172,14 @@ def parse_labels(words: list[str], classes: list[str]) -> list[int]:
     return labels
 
 
+def in_order(images_of, count: int, batch: int):
+    """images_of(indices) for all the indices up to `count`, batch by batch; the processes share the work, and rank 0
+    gets the results."""
+    for start in Progress("sampling", range(0, count, batch * world()), unit="images", weight=batch * world()):
+        indices = range(start + rank() * batch, min(start + (rank() + 1) * batch, count))
+        yield from gather([images_of(indices)] if indices else [])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -193,34 +208,47 @@ def main():
         about["guidance"] = args.guidance
     chosen = parse_labels(args.labels, about["classes"]) if args.labels else None
 
-    batches, first = [], None
     to_pixels = partial(data.decode, data.load_vae(args.vae, device)) if model.channels == 4 else lambda x: x
-    for start in Progress("sampling", range(0, args.count, args.batch)[rank()::world()], unit="batches"):
-        indices = range(start, min(start + args.batch, args.count))
+
+    def states_of(indices):
         x_T, y = data.noise_and_labels(about, args.seed, indices)
         if chosen:
             y = torch.tensor([chosen[i % len(chosen)] for i in indices])
         with autocast(device, args.bf16):
-            states = sample(model, about, x_T.to(device), y.to(device), args.steps)
-        first = states[:8] if first is None else first
-        pixels = np.concatenate([data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)])
-        batches.append((start, pixels, y.tolist()))
-    batches = sorted(gather(batches), key=lambda batch: batch[0])
+            return sample(model, about, x_T.to(device), y.to(device), args.steps), y
+
+    def images_of(indices):
+        states, y = states_of(indices)
+        return np.concatenate([data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)]), y.tolist()
+
+    shown, done = [], 0
+
+    def batches():  # all the images; on the way, the first hundred are kept and --png is done
+        nonlocal done
+        for images, labels in in_order(images_of, args.count, args.batch):
+            shown.extend(images[: 100 - len(shown)])
+            for i, label in enumerate(labels if args.png else [], start=done):
+                file = writable(out / "images" / f"{i:05d}-{about['classes'][label]}.png")
+                Image.fromarray(images[i - done].squeeze()).save(file)
+            done += len(images)
+            yield images
+
+    if args.npz and rank() == 0:
+        write_npz(out / "samples.npz", args.count, batches())
+    else:
+        for _ in batches():
+            pass
     if rank() > 0:
         return
-    images, labels = np.concatenate([pixels for _, pixels, _ in batches]), [i for *_, part in batches for i in part]
-
-    shown = torch.from_numpy(images[:100]).permute(0, 3, 1, 2) / 127.5 - 1
-    data.grid(shown, columns=math.ceil(math.sqrt(len(shown)))).save(writable(out / "grid.png"))
-    print(f"wrote {out / 'grid.png'}: {len(shown)} of {args.count:,} images")
+    sheet = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 127.5 - 1
+    data.grid(sheet, columns=math.ceil(math.sqrt(len(sheet)))).save(writable(out / "grid.png"))
+    print(f"wrote {out / 'grid.png'}: {len(sheet)} of {args.count:,} images")
     if args.png:
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            Image.fromarray(image.squeeze()).save(writable(out / "images" / f"{i:05d}-{about['classes'][label]}.png"))
         print(f"wrote {args.count:,} images into {out / 'images'}")
     if args.npz:
-        replace_file(out / "samples.npz", lambda file: np.savez(file, arr_0=images))
         print(f"wrote {out / 'samples.npz'}")
     if args.trajectory:
+        first, _ = states_of(range(min(8, args.count)))
         rows = [first]
         if about["kind"] == "teacher" or about["output"] == "direction":
             times = about["times"] if about["kind"] == "student" else \

@@ -58,20 +58,20 @@ def command(main):
         sys.exit(130)
 
 
-def number(kind, least, most=math.inf):
-    """For argparse: an int or a float (`kind`) with least ≤ number < most."""
+def number(kind, least, most=None):
+    """For argparse: an int or a float (`kind`) from `least` on, to `most` where that is given."""
     def parse(text):
         try:
-            if least <= kind(text) < most:
+            if least <= kind(text) <= (most or 2**31 - 1):
                 return kind(text)
         except ValueError:
             pass
         name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least} up")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {name} from {least} {f'to {most}' if most else 'up'}")
     return parse
 
 
-whole, positive, strength = number(int, 0, 2**31), number(int, 1, 2**31), number(float, 0)
+whole, positive, strength, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
 
 
 def machine_flags(add):

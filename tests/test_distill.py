@@ -49,6 +49,18 @@ def test_one_pass_is_s_steps(history, output):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_own_history():
+    """The first half of the batch is fed what few_step makes of its noise, and is asked for the teacher's states."""
+    student, about = student_of(random_dit())
+    x, y = torch.randn(4, 5, 3, 8, 8), torch.tensor([0, 4, 2, 1])
+    own = few_step(student, about, x[:, 0], y)
+    mixed = ((own[:2, 1:] - x[:2, 1:]).square().mean() + ard_loss(student, about, x[2:], y[2:])) / 2
+    torch.testing.assert_close(ard_loss(student, about, x, y, own=0.5), mixed, rtol=1e-4, atol=1e-5)
+    assert abs(ard_loss(student, about, x, y) - mixed) > 1e-3
+    ard_loss(student, about, x, y, own=1.0).backward()  # through the last pass alone, not through the history
+    assert student.final_layer.linear.weight.grad.abs().sum() > 0
+
+
 def test_the_teachers_own_steps_cost_nothing():
     x, y = torch.randn(2, 5, 3, 8, 8), torch.tensor([1, 3])
     perfect = {"direction": (x[:, 1:] - x[:, :-1]) / -0.25, "state": x[:, 1:]}  # v = Δx / Δt

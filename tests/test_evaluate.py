@@ -1,56 +1,17 @@
-"""The distances against closed forms and against slow, plain numpy."""
+"""Exposure bias and attention against their definitions; the judge; the paper's count of what history costs."""
 
+import math
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
-from evaluate import Classifier, costs_of, coverage, exposure_bias, features, frechet, load_runs
+from data import shapes
+from evaluate import Classifier, Judge, attention, costs_of, exposure_bias, features, load_runs
 from sample import few_step
-from teacher import ASSETS, solve
+from teacher import ASSETS, load_network, solve
 from test_distill import ABOUT, random_dit, student_of
 from training import Fault, fingerprint
-
-
-def with_moments(mean, covariance, count=400, seed=0):
-    """Points whose sample mean and covariance are exactly the given ones."""
-    x = np.random.default_rng(seed).standard_normal((count, len(mean)))
-    x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
-    return torch.from_numpy(x @ np.linalg.cholesky(covariance).T + mean)
-
-
-def test_frechet_of_independent_axes():
-    """With diagonal covariances it is ‖Δμ‖² + Σ (σ_a − σ_b)²."""
-    a = with_moments([0, 0, 0], np.diag([1.0, 4.0, 9.0]))
-    b = with_moments([1, 2, 0], np.diag([4.0, 4.0, 0.25]), seed=1)
-    assert frechet(a, b) == pytest.approx(1 + 4 + (1 - 2) ** 2 + 0 + (3 - 0.5) ** 2, rel=1e-9)
-    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
-
-
-def test_frechet_of_any_covariances():
-    """Against the textbook form, with the eigenvalues of the product C_a C_b, which is not symmetric."""
-    rng = np.random.default_rng(0)
-    ca, cb = (m @ m.T + 0.1 * np.eye(6) for m in rng.standard_normal((2, 6, 6)))
-    a, b = with_moments(np.zeros(6), ca), with_moments(np.ones(6), cb, seed=1)
-    root_trace = np.sqrt(np.linalg.eigvals(ca @ cb).real).sum()
-    assert frechet(a, b) == pytest.approx(6 + np.trace(ca) + np.trace(cb) - 2 * root_trace, rel=1e-9)
-
-
-def test_coverage_against_loops():
-    rng = np.random.default_rng(0)
-    points, by = rng.standard_normal((40, 3)), 0.7 * rng.standard_normal((50, 3)) + 0.3
-    inside = 0
-    for point in points:
-        for centre in by:
-            radius = sorted(np.linalg.norm(by - centre, axis=1))[3]  # [0] is the centre itself
-            if np.linalg.norm(point - centre) <= radius:
-                inside += 1
-                break
-    assert 0 < inside < 40
-    assert coverage(torch.from_numpy(points), torch.from_numpy(by), k=3, block=7) == pytest.approx(inside / 40)
-    assert coverage(torch.from_numpy(by), torch.from_numpy(by)) == 1
-    assert coverage(torch.from_numpy(points + 100), torch.from_numpy(by)) == 0
 
 
 def test_exposure_bias_starts_at_nothing():
@@ -75,6 +36,46 @@ def test_exposure_bias_starts_at_nothing():
     with torch.no_grad():
         last = student(torch.cat([x_T[:, None], clean[:, 1:6:2]], 1), torch.tensor(about["told"]), y)[:, 3]
     assert errors["forced"][3] == pytest.approx((last - clean[:, 7]).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("history", ["window", "anchor", "causal"])
+def test_attention_is_that_of_a_masked_softmax(history):
+    """The first layer's shares, from its queries and keys and a mask of all by all."""
+    student, about = student_of(random_dit(), history=history)
+    states, y, told = torch.randn(3, 4, 3, 8, 8), torch.tensor([0, 4, 2]), torch.tensor(about["told"])
+    inputs = {}
+    hook = student.blocks[0].attn.register_forward_pre_hook(lambda module, args: inputs.update(x=args[0]))
+    shares = attention(student, states, y, told)
+    hook.remove()
+    assert len(shares) == 2  # history layers
+
+    with torch.no_grad():
+        q, k, _ = student.blocks[0].attn.qkv(inputs["x"]).view(3, 16, 3, 4, 16).permute(2, 0, 3, 1, 4)  # 4 heads of 16
+    i = torch.arange(16) // 4  # four tokens a state
+    seen = {"window": i[:, None] - i <= 1, "anchor": (i == 0) | (i == i[:, None]), "causal": True}[history]
+    visible = (i <= i[:, None]) & seen
+    weights = (q @ k.mT / math.sqrt(16)).masked_fill(~visible, -math.inf).softmax(-1)
+    expected = weights.view(3, 4, 4, 4, 4, 4).sum(-1).mean((0, 1, 3))  # (b, h, s n, s n) -> (s, s)
+    assert 0.05 < expected[3, 3] < 0.95
+    torch.testing.assert_close(torch.tensor(shares[0]), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_judge(tmp_path, monkeypatch):
+    """It takes the teacher's images for what they are, notices one that is not finite, and asks for enough."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/classifiers").mkdir(parents=True)
+    teacher, about = load_network(ASSETS / "shapes-teacher.pt", "teacher")
+    monkeypatch.setattr("evaluate.train_classifier", lambda *args: Classifier(3, 16, 10))
+    monkeypatch.setattr("data.shapes", lambda count, size, seed: shapes(min(count, 300), size, seed))
+    judge = Judge(teacher, about | dict(steps=2), 300, torch.device("cpu"))
+    row = judge(lambda x_T, y: solve(teacher, about, x_T, y, 2)[1], "the same")
+    assert row == judge.best and row["error"] == row["above"] == 0
+    worse = judge(lambda x_T, y: solve(teacher, about, x_T, y, 2)[1] + 0.5, "brighter")
+    assert worse["error"] == pytest.approx(0.25, rel=1e-5) and worse["above"] > 0
+    with pytest.raises(Fault, match="not finite"):
+        judge(lambda x_T, y: x_T[:, None] / 0, "broken")
+    with pytest.raises(Fault, match="at least 200"):
+        Judge(teacher, about, 100, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("image_size, channels", [(16, 3), (32, 1), (1, 2), (20, 3)])
