@@ -19,6 +19,8 @@ control:
     python ablation.py --preset points --seeds 3          first: python teacher.py --preset points
     python ablation.py --part 1/2                         one of two processes that share the trainings and the folder
 
+    python ablation.py --trajectory clean --output state --history-layers 6           around another centre
+
 What has been done, in whatever order, is not done again. Table and figure show all that is there: ablation.json, .png.
 """
 
@@ -28,22 +30,21 @@ from pathlib import Path
 from statistics import mean
 
 import data
-from distill import distill, make_student
+from distill import distill, make_student, student_flags
 from evaluate import Judge, exposure_bias
 from model import HISTORIES
 from presets import COMMON, STUDENTS, TEACHERS
 from sample import HELD_OUT, few_step, methods, table
 from teacher import find_teacher, solve, write_trajectories
-from training import (Fault, command, fingerprint, machine_flags, make_folder, part_flag, pick_device, positive,
-                      save_json, writable)
+from training import (Fault, command, difference, fingerprint, machine_flags, make_folder, part_flag, pick_device,
+                      positive, save_json, writable)
 
 KINDS = (("states", "direction"), ("states", "state"), ("clean", "state"))
 
 
-def factors(preset: str, depth: int) -> dict[str, list[dict]]:
-    """{factor: its settings, each a change to the preset's student, or to its teacher's guidance}."""
-    centre, teacher = COMMON | STUDENTS[preset], TEACHERS[preset]
-    count, length, guidance = teacher["count"], centre["iterations"], teacher["guidance"]
+def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
+    """{factor: its settings, each a change to the centre}. `depth`: the layers of the network."""
+    count, length, guidance = (centre[key] for key in ("count", "iterations", "guidance"))
     return {
         "kind": [dict(trajectory=trajectory, output=output) for trajectory, output in KINDS]
                 + [dict(trajectory="clean", output="state", history_layers=depth)],
@@ -59,58 +60,66 @@ def factors(preset: str, depth: int) -> dict[str, list[dict]]:
     }
 
 
-def both(change: dict, centre: dict) -> tuple[dict, dict]:
-    """The two students of a row, without and with history, as changes to the centre that say no more than needed: equal
-    students are trained once. With one step there is no history."""
-    without = {key: value for key, value in change.items() if key not in ("history", "history_layers")}
-    without["history_layers"] = 0
-    with_history = without if change.get("steps") == 1 else change
-    return tuple({key: value for key, value in one.items() if value != centre[key]} for one in (without, with_history))
-
-
-def name_of(change: dict) -> str:
-    return ",".join(f"{key}={value}" for key, value in change.items()) or "centre"
-
-
 class Bench:
-    """Trains and judges the students of a preset, into `folder`: NAME/SEED.pt and .json."""
+    """Trains and judges students, which are whole settings, into `folder`: NAME/SEED.pt and .json. A name says where a
+    student differs from the preset's, so that students of several centres share the folder."""
 
-    def __init__(self, preset: dict, name: str, teacher, about: dict, folder: Path, device, count: int):
-        self.centre = preset | {key: TEACHERS[name][key] for key in ("count", "guidance")}
-        self.trajectories = Path("runs") / name / "trajectories"
-        self.teacher, self.about, self.folder = teacher, about, folder
-        self.device, self.count, self.judges = device, count, {}
+    def __init__(self, preset: dict, centre: dict, teacher, about: dict, trajectories: Path, folder: Path, device,
+                 images: int):
+        self.preset, self.centre, self.teacher, self.about = preset, centre, teacher, about
+        self.trajectories, self.folder = trajectories, folder
+        self.device, self.images, self.judges = device, images, {}
+        self.basis = dict(teacher=fingerprint(teacher.state_dict()), images=images)  # of all that is in the folder
+
+    def both(self, change: dict) -> tuple[dict, dict]:
+        """The two students of a row, without and with history. With one step there is no history."""
+        student = self.centre | change
+        without = student | dict(history_layers=0, history=self.preset["history"])
+        return without, without if student["steps"] == 1 else student
+
+    def name(self, student: dict) -> str:
+        return ",".join(f"{key}={value}" for key, value in student.items()
+                        if value != self.preset[key] and key not in ("bf16", "compile")) or "preset"
+
+    def file(self, student: dict, seed: int) -> Path:
+        return self.folder / self.name(student) / f"{seed}.json"
 
     def judge(self, guidance: float):
         """For a guidance: (its Judge, 256 held-out noises, their labels, the teacher's states from there)."""
         if guidance not in self.judges:
             about = self.about | dict(guidance=guidance)
             x_T, y = (tensor.to(self.device) for tensor in data.noise_and_labels(about, HELD_OUT, range(256)))
-            self.judges[guidance] = (Judge(self.teacher, about, self.count, self.device), x_T, y,
+            self.judges[guidance] = (Judge(self.teacher, about, self.images, self.device), x_T, y,
                                      solve(self.teacher, about, x_T, y)[1])
         return self.judges[guidance]
 
-    def file(self, change: dict, seed: int) -> Path:
-        return self.folder / name_of(change) / f"{seed}.json"
-
-    def train(self, change: dict, seed: int):
-        """Train a student, unless it has been, judge it, and write down what was found."""
-        preset = self.centre | change
-        folder, about = self.trajectories, self.about | dict(guidance=preset["guidance"])
-        if "guidance" in change:
-            folder = self.folder / f"trajectories,guidance={preset['guidance']}"
-        write_trajectories(self.teacher, about, folder, preset["count"], self.device, preset["bf16"])
-        trajectories = data.Trajectories(folder, fingerprint(self.teacher.state_dict()), preset["steps"],
-                                         preset["trajectory"], preset["count"])
-        student, about = make_student(self.teacher, about, preset)
-        out = self.file(change, seed)
-        student, about, losses = distill(student, about, trajectories, preset, out.with_suffix(".pt"), self.device,
+    def train(self, settings: dict, seed: int):
+        """Train a student, judge it, and write down what was found."""
+        folder, about = self.trajectories, self.about | dict(guidance=settings["guidance"])
+        if settings["guidance"] != self.preset["guidance"]:
+            folder = self.folder / f"trajectories,guidance={settings['guidance']}"
+        write_trajectories(self.teacher, about, folder, settings["count"], self.device, settings["bf16"])
+        trajectories = data.Trajectories(folder, self.basis["teacher"], settings["steps"], settings["trajectory"],
+                                         settings["count"])
+        student, about = make_student(self.teacher, about, settings)
+        out = self.file(settings, seed)
+        student, about, losses = distill(student, about, trajectories, settings, out.with_suffix(".pt"), self.device,
                                          seed)
-        judge, x_T, y, states = self.judge(preset["guidance"])
+        judge, x_T, y, states = self.judge(settings["guidance"])
         run = methods(self.teacher, self.about, student, about)[f"student, {about['S']} steps"][1]
-        save_json(out, dict(change=change, seed=seed, loss=losses[-1][1], calls=about["S"],
-                            gmacs=student.macs(about["S"]) / 1e9, **judge(run, name_of(change)),
-                            exposure=exposure_bias(student, about, states, few_step(student, about, x_T, y), y)))
+        bias = exposure_bias(student, about, states, few_step(student, about, x_T, y), y)
+        save_json(out, dict(basis=self.basis, name=self.name(settings), seed=seed, calls=about["S"],
+                            gmacs=student.macs(about["S"]) / 1e9, **judge(run, self.name(settings)), exposure=bias,
+                            loss=losses[-1][1]))
+
+    def results(self, settings: dict) -> list[dict]:
+        """What was found of a student, of every seed there is. Raises Fault where it stands on another basis."""
+        rows = [json.loads(file.read_text()) for file in sorted(self.file(settings, 0).parent.glob("*.json"))]
+        for row in rows:
+            if row["basis"] != self.basis:
+                raise Fault(f"{self.folder} holds results of another basis: {difference(row['basis'], self.basis)}. "
+                            "Choose another --out")
+        return rows
 
     def teachers(self, S: int) -> dict:
         """The teacher's rows: at its full steps, and at S."""
@@ -142,13 +151,12 @@ def ratio(without: list[float], with_history: list[float]) -> str:
 
 def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
     """Print the table of all the rows that have been trained; write ablation.json and ablation.png."""
-    def runs(change):
-        return [json.loads(file.read_text()) for file in sorted(bench.file(change, 0).parent.glob("*.json"))]
-
-    found = {factor: [dict(value=", ".join(map(str, change.values())), pair=[runs(one) for one in pair])
-                      for change in changes if all(map(runs, pair := both(change, bench.centre)))]
-             for factor, changes in rows.items()}
-    found = {factor: values for factor, values in found.items() if values}
+    found = {}
+    for factor, changes in rows.items():
+        for change in changes:
+            pair = [bench.results(student) for student in bench.both(change)]
+            if all(pair):
+                found.setdefault(factor, []).append(dict(value=", ".join(map(str, change.values())), pair=pair))
     lines, seen = {}, []
     for name, row in bench.teachers(bench.centre["steps"]).items():
         lines[name] = {key: format(row[key], form) for key, form in ({"calls": "d", "gmacs": ".4f"} | MEASURES).items()}
@@ -168,10 +176,12 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
     print("", table(lines, dict.fromkeys(columns, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
           "ratios: how many times larger without history. What a line does not say is as in the preset\n")
-    save_json(out / "ablation.json", dict(centre=bench.centre, count=bench.count, device=str(bench.device),
+    moved = bench.name(bench.centre).replace("preset", "")
+    out = out / f"ablation{',' * bool(moved)}{moved}.json"
+    save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device),
                                           lines=lines, found=found))
-    draw(found, writable(out / "ablation.png"))
-    print(f"wrote {out}/ablation.json and ablation.png")
+    draw(found, writable(out.with_suffix(".png")))
+    print(f"wrote {out} and .png")
 
 
 def draw(found: dict[str, list[dict]], out: Path):
@@ -204,34 +214,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=("points", "shapes", "shapes64", "cifar10"), default="shapes",
-        help="the centre (default: shapes)")
+        help="the centre, which the flags below can move (default: shapes)")
     add("--factors", nargs="+", metavar="FACTOR", help="train for these alone (default: all)")
     add("--seeds", type=positive, default=1, help="trainings of each student (default: 1)")
-    add("--count", type=positive, default=5000, help="images to judge each by (default: 5000)")
+    add("--images", type=positive, default=5000, help="images to judge each by (default: 5000)")
     add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
     add("--out", type=Path, help="folder for everything (default: runs/ablation/PRESET)")
+    student_flags(add)
+    add("--iterations", type=positive, help="training steps")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: a slow start, then faster trainings")
     part_flag(add)
     machine_flags(add)
     args = parser.parse_args()
 
-    device, out = pick_device(args.device), make_folder(args.out or Path("runs/ablation") / args.preset)
-    teacher, about = find_teacher(args.teacher, args.preset, Path("runs") / args.preset, device)
-    rows = factors(args.preset, len(teacher.blocks))
-    unknown = set(args.factors or ()) - set(rows)
-    if unknown:
+    device, runs = pick_device(args.device), Path("runs") / args.preset
+    out = make_folder(args.out or Path("runs/ablation") / args.preset)
+    teacher, about = find_teacher(args.teacher, args.preset, runs, device)
+    preset = COMMON | STUDENTS[args.preset] | {key: TEACHERS[args.preset][key] for key in ("count", "guidance")}
+    centre = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
+    rows = factors(centre, len(teacher.blocks))
+    chosen = list(rows) if args.factors is None else args.factors
+    if unknown := set(chosen) - set(rows):
         raise Fault(f"no factor {unknown.pop()!r}: choose from {', '.join(rows)}")
-    preset = COMMON | STUDENTS[args.preset] | {key: value for key in ("bf16", "compile")
-                                               if (value := getattr(args, key)) is not None}
-    bench = Bench(preset, args.preset, teacher, about, out, device, args.count)
-    wanted = [one for factor in args.factors or rows for change in rows[factor] for one in both(change, bench.centre)]
-    todo = [(change, seed) for seed in range(args.seeds)
-            for change in {name_of(change): change for change in wanted}.values()]
-    todo = [(change, seed) for change, seed in todo if not bench.file(change, seed).exists()]
-    todo = todo[args.part[0]::args.part[1]]
-    for done, (change, seed) in enumerate(todo, start=1):
-        print(f"\n{done} of {len(todo)}: {name_of(change)}, seed {seed}")
-        bench.train(change, seed)
+    bench = Bench(preset, centre, teacher, about, runs / "trajectories", out, device, args.images)
+    wanted = {bench.name(one): one for factor in chosen for change in rows[factor] for one in bench.both(change)}
+    todo = [(student, seed) for seed in range(args.seeds) for student in wanted.values()][args.part[0]::args.part[1]]
+    todo = [(student, seed) for student, seed in todo if not bench.file(student, seed).exists()]
+    for done, (student, seed) in enumerate(todo, start=1):
+        print(f"\n{done} of {len(todo)}: {bench.name(student)}, seed {seed}")
+        bench.train(student, seed)
     report(bench, rows, out)
 
 

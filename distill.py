@@ -103,13 +103,8 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
 
 # ---- the program ----------------------------------------------------------------------------------------------------
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--preset", choices=STUDENTS, default="shapes", help="sets everything; flags override it (default: shapes)")
-    add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
-    add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
-    add("--trajectories", type=Path, help="folder, written if need be (default: runs/PRESET/trajectories)")
+def student_flags(add):
+    """The flags that say what a student is and what it learns from; `add` is a parser's add_argument."""
     add("--count", type=positive, help="trajectories to train on")
     add("--steps", type=positive, help="the student's steps S: 1, 2, 4 or 8")
     add("--history", choices=HISTORIES, help="which earlier states a state may read")
@@ -120,6 +115,16 @@ def main():
         help="an output layer for each step instead of one for all")
     add("--own", type=share, help="share of the samples that are fed the student's own history in training")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=STUDENTS, default="shapes", help="sets everything; flags override it (default: shapes)")
+    add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
+    add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
+    add("--trajectories", type=Path, help="folder, written if need be (default: runs/PRESET/trajectories)")
+    student_flags(add)
     training_flags(add)
     args = parser.parse_args()
 

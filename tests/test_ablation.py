@@ -3,32 +3,43 @@ teacher of random weights and trainings of four steps."""
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
 import ablation
-from ablation import both, factors, name_of, ratio, spread
+from ablation import Bench, factors, ratio, spread
 from model import DiT, size
 from presets import COMMON, STUDENTS, TEACHERS
 from training import Fault, export
 
+CONFIG = dict(image_size=1, channels=2, classes=3, **size("N/1"))
+
+
+def bench_of(preset, **moved):
+    settings = COMMON | STUDENTS[preset] | {key: TEACHERS[preset][key] for key in ("count", "guidance")}
+    return Bench(settings, settings | moved, DiT(**CONFIG), {}, Path("-"), Path("-"), "cpu", 300)
+
 
 def test_a_row_and_its_control():
-    centre = dict(history="causal", history_layers=1, steps=4, count=100)
-    assert both(dict(steps=8), centre) == (dict(steps=8, history_layers=0), dict(steps=8))
-    assert both(dict(history="window"), centre) == (dict(history_layers=0), dict(history="window"))
-    assert both(dict(history_layers=3), centre) == (dict(history_layers=0), dict(history_layers=3))
-    assert both(dict(count=100), centre) == (dict(history_layers=0), {})  # the centre itself
-    assert both(dict(steps=1), centre) == (dict(steps=1, history_layers=0),) * 2  # one step has no history
-    assert name_of({}) == "centre" and name_of(dict(steps=8, history_layers=0)) == "steps=8,history_layers=0"
+    bench = bench_of("shapes")
+    for change, names in ((dict(steps=8), ("steps=8,history_layers=0", "steps=8")),
+                          (dict(history="window"), ("history_layers=0", "history=window")),
+                          (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
+                          (dict(step_heads=False), ("history_layers=0", "preset")),  # the centre itself
+                          (dict(steps=1), ("steps=1,history_layers=0",) * 2)):  # one step has no history
+        assert tuple(map(bench.name, bench.both(change))) == names
+    moved = bench_of("shapes", history="anchor", trajectory="clean")
+    assert tuple(map(moved.name, moved.both({}))) == ("history_layers=0,trajectory=clean",
+                                                      "history=anchor,trajectory=clean")
 
 
 @pytest.mark.parametrize("preset", ["points", "shapes"])
 def test_every_factor_has_the_centre_in_it(preset):
-    centre = COMMON | STUDENTS[preset] | {key: TEACHERS[preset][key] for key in ("count", "guidance")}
-    for factor, changes in factors(preset, depth=6).items():
-        assert all(key in centre for change in changes for key in change), factor
-        assert {} in [both(change, centre)[1] for change in changes], factor
+    bench = bench_of(preset)
+    for factor, changes in factors(bench.centre, depth=6).items():
+        assert all(key in bench.centre for change in changes for key in change), factor
+        assert "preset" in [bench.name(bench.both(change)[1]) for change in changes], factor
 
 
 def test_means_and_ratios():
@@ -43,13 +54,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(STUDENTS, "points", STUDENTS["points"] | dict(iterations=4, batch=8))
     monkeypatch.setitem(TEACHERS, "points", TEACHERS["points"] | dict(count=256))
-    config = dict(image_size=1, channels=2, classes=3, **size("N/1"))
-    about = dict(kind="teacher", model=config, path="flow", predicts="v", guidance=1.0, steps=8, data="points",
+    about = dict(kind="teacher", model=CONFIG, path="flow", predicts="v", guidance=1.0, steps=8, data="points",
                  classes=list("abc"), training=dict(iterations=1))
-    export(tmp_path / "runs/points/teacher.pt", about, DiT(**config).state_dict())
+    export(tmp_path / "runs/points/teacher.pt", about, DiT(**CONFIG).state_dict())
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["ablation.py", "--preset", "points", "--count", "300", *words,
+        monkeypatch.setattr(sys, "argv", ["ablation.py", "--preset", "points", "--images", "300", *words,
                                           "--device", "cpu"])
         ablation.main()
         return capsys.readouterr().out
@@ -58,11 +68,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     out = run("--factors", "steps", "--seeds", "2")
     folder = tmp_path / "runs/ablation/points"
     students = {str(file.relative_to(folder)) for file in folder.glob("*/*.json")}
-    names = ("centre", "history_layers=0", "steps=1,history_layers=0", "steps=2", "steps=2,history_layers=0", "steps=8",
+    names = ("preset", "history_layers=0", "steps=1,history_layers=0", "steps=2", "steps=2,history_layers=0", "steps=8",
              "steps=8,history_layers=0")
     assert students == {f"{name}/{seed}.json" for name in names for seed in (0, 1)}
     one = json.loads((folder / "steps=2/1.json").read_text())
-    assert one["change"] == dict(steps=2) and one["seed"] == 1 and len(one["exposure"]["own"]) == 2
+    assert one["name"] == "steps=2" and one["seed"] == 1 and len(one["exposure"]["own"]) == 2
     other = json.loads((folder / "steps=2/0.json").read_text())
     assert f"{(one['error'] + other['error']) / 2:.6f} ±" in next(
         line for line in out.splitlines() if line.startswith("steps 2 "))
@@ -75,3 +85,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "distilling" not in again and again.splitlines()[-4:] == out.splitlines()[-4:]
     with pytest.raises(Fault, match="no factor 'width'"):
         run("--factors", "width")
+    with pytest.raises(Fault, match="another basis: images is 300 there, not 250"):
+        run("--factors", "steps", "--images", "250")
