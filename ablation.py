@@ -4,6 +4,7 @@ A row is a student that differs from its preset's, the *centre*, in one setting.
 history, and without (N = 0: step distillation), from the same weights, trajectories and batches. So every row has its
 control:
 
+    centre            the preset itself
     kind              what is learned and put out: states and a direction, states, or clean predictions
     history           window, anchor, causal; `none` is the control
     history_layers    N: 1, a third, half, all of the layers
@@ -15,7 +16,7 @@ control:
     iterations        the length of training; the longest also has more trajectories
 
     python ablation.py                                    every row once, for shapes: some hours on a CPU
-    python ablation.py --factors kind --seeds 3           three seeds of some
+    python ablation.py --factors centre --seeds 3         three seeds of some
     python ablation.py --preset points --seeds 3          first: python teacher.py --preset points
     python ablation.py --part 1/2                         one of two processes that share the trainings and the folder
 
@@ -46,6 +47,7 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
     """{factor: its settings, each a change to the centre}. `depth`: the layers of the network."""
     count, length, guidance = (centre[key] for key in ("count", "iterations", "guidance"))
     return {
+        "centre": [{}],
         "kind": [dict(trajectory=trajectory, output=output) for trajectory, output in KINDS]
                 + [dict(trajectory="clean", output="state", history_layers=depth)],
         "history": [dict(history=history) for history in HISTORIES[1:]],
@@ -56,7 +58,7 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
         "guidance": [dict(guidance=strength) for strength in (guidance, 2 * guidance)],
         "count": [dict(count=number) for number in (count // 4, count, 4 * count)],
         "iterations": [dict(iterations=length // 4), dict(iterations=length),
-                       dict(iterations=4 * length, count=4 * count)],
+                       dict(iterations=2 * length, count=2 * count)],
     }
 
 
@@ -171,7 +173,7 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                 if not control:
                     line |= {f"{key} ratio": ratio(*([run[key] for run in side] for side in value["pair"]))
                              for key in ("error", "above")}
-                lines[f"{factor} {value['value']}{', N = 0' * control}"] = line
+                lines[f"{factor} {value['value']}".strip() + ", N = 0" * control] = line
     columns = ("seeds", "calls", "gmacs", *MEASURES, "error ratio", "above ratio")
     print("", table(lines, dict.fromkeys(columns, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"

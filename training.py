@@ -241,10 +241,11 @@ class Progress:
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 def optional(name: str):
-    """Import a package that only some paths need. Raises Fault where it is missing."""
+    """Import a module that only some paths need. Raises Fault where its package is missing."""
     try:
         return importlib.import_module(name)
     except ImportError:
+        name = name.partition(".")[0].replace("_", "-")
         raise Fault(f"this needs the package {name}: pip install -r requirements-imagenet.txt") from None
 
 
