@@ -161,6 +161,13 @@ def test_counts_and_seeds_are_whole_numbers(monkeypatch, capsys, command, least)
     assert f"argument {flag}: '{value}' is not a whole number from {least} up" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "half"])
+def test_a_share_is_a_share(monkeypatch, capsys, value):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, f"distill.py --own={value}")
+    assert f"argument --own: '{value}' is not a number from 0 to 1" in capsys.readouterr().err
+
+
 BAD_FOR_REAL = [
     ("sample.py GOOD/cut.pt", "GOOD/cut.pt is not a checkpoint, or is damaged"),
     ("sample.py GOOD/student.pt --labels dog", "no class 'dog'"),
