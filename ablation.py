@@ -91,8 +91,9 @@ class Bench:
         if guidance not in self.judges:
             about = self.about | dict(guidance=guidance)
             x_T, y = (tensor.to(self.device) for tensor in data.noise_and_labels(about, HELD_OUT, range(256)))
-            self.judges[guidance] = (Judge(self.teacher, about, self.images, self.device), x_T, y,
-                                     solve(self.teacher, about, x_T, y)[1])
+            cache = self.folder / f"teacher,{self.basis['teacher']},guidance={guidance},images={self.images}.pt"
+            judge = Judge(self.teacher, about, self.images, self.device, cache=cache)
+            self.judges[guidance] = judge, x_T, y, solve(self.teacher, about, x_T, y)[1]
         return self.judges[guidance]
 
     def train(self, settings: dict, seed: int):

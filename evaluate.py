@@ -33,7 +33,7 @@ from model import HISTORIES, DiT, size, visible
 from sample import HELD_OUT, as_learned, compare, figure, methods, seen, table
 from teacher import ASSETS, PATHS, advance, load_network, solve
 from training import (Fault, Progress, at_once, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
-                      positive, save_json, train, whole, writable)
+                      positive, replace_file, save_json, train, whole, writable)
 
 # ---- 1. Features ----------------------------------------------------------------------------------------------------
 
@@ -93,9 +93,11 @@ def features(classifier, images, batch=500):
 class Judge:
     """Compares ways of sampling a teacher's data set: with held-out real images, in the features of the data set's
     classifier, and with the teacher's own images from the same `count` held-out noises. `source`: the data set, if it
-    is not where the teacher saw it. Raises Fault where there are too few images."""
+    is not where the teacher saw it; `cache`: a file to keep the teacher's images in, which take long to make. Raises
+    Fault where there are too few images."""
 
-    def __init__(self, teacher, about: dict, count: int, device, bf16=False, source: str | None = None):
+    def __init__(self, teacher, about: dict, count: int, device, bf16=False, source: str | None = None,
+                 cache: Path | None = None):
         self.about, self.count, self.device, self.bf16 = about, count, device, bf16
         kind = (source or about["data"], about["model"]["image_size"], about["model"]["channels"])
         train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=count)
@@ -107,7 +109,12 @@ class Judge:
         self.real, predicted = features(self.classifier, real_images)
         self.right = (predicted == real_labels).double().mean().item()
         self.rows = {"other real images": self.distances(*train_set.some(len(self.real)))}
-        images, labels = self.generate(lambda x_T, y: solve(teacher, about, x_T, y)[1], "teacher")
+        if cache and cache.exists():
+            images, labels = torch.load(cache, weights_only=True)
+        else:
+            images, labels = self.generate(lambda x_T, y: solve(teacher, about, x_T, y)[1], "teacher")
+            if cache:
+                replace_file(cache, lambda file: torch.save((images, labels), file))
         self.target = images
         self.best = self.distances(images, labels) | dict(above=0.0, error=0.0)
 
