@@ -110,10 +110,11 @@ class Bench:
                                          seed)
         judge, x_T, y, states = self.judge(settings["guidance"])
         run = methods(self.teacher, self.about, student, about)[f"student, {about['S']} steps"][1]
-        bias = exposure_bias(student, about, states, few_step(student, about, x_T, y), y)
+        own, strange = (few_step(student, about, x_T, y, shuffle) for shuffle in (False, True))
         save_json(out, dict(basis=self.basis, name=self.name(settings), seed=seed, calls=about["S"],
-                            gmacs=student.macs(about["S"]) / 1e9, **judge(run, self.name(settings)), exposure=bias,
-                            loss=losses[-1][1]))
+                            gmacs=student.macs(about["S"]) / 1e9, **judge(run, self.name(settings)),
+                            shuffled=(strange[:, -1] - states[:, -1]).square().mean().item(),
+                            exposure=exposure_bias(student, about, states, own, y), loss=losses[-1][1]))
 
     def results(self, settings: dict) -> list[dict]:
         """What was found of a student, of every seed there is. Raises Fault where it stands on another basis."""
@@ -136,7 +137,7 @@ class Bench:
 
 # ---- the table and the figure ---------------------------------------------------------------------------------------
 
-MEASURES = {"error": ".6f", "above": ".3f", "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
+MEASURES = {"error": ".6f", "frechet": ".3f", "above": ".3f", "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
 
 
 def spread(values: list[float], form: str) -> str:
@@ -172,17 +173,18 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                 line = dict(seeds=len(students), calls=students[0]["calls"], gmacs=f"{students[0]['gmacs']:.4f}")
                 line |= {key: spread([run[key] for run in students], form) for key, form in MEASURES.items()}
                 if not control:
+                    line["shuffled"] = spread([run["shuffled"] for run in students], ".6f")
                     line |= {f"{key} ratio": ratio(*([run[key] for run in side] for side in value["pair"]))
                              for key in ("error", "above")}
                 lines[f"{factor} {value['value']}".strip() + ", N = 0" * control] = line
-    columns = ("seeds", "calls", "gmacs", *MEASURES, "error ratio", "above ratio")
+    columns = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
     print("", table(lines, dict.fromkeys(columns, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
-          "ratios: how many times larger without history. What a line does not say is as in the preset\n")
+          "shuffled: the error with another sample's history; ratios: how many times larger without history.\n"
+          "What a line does not say is as in the centre\n")
     moved = bench.name(bench.centre).replace("preset", "")
     out = out / f"ablation{',' * bool(moved)}{moved}.json"
-    save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device),
-                                          lines=lines, found=found))
+    save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines, found=found))
     draw(found, writable(out.with_suffix(".png")))
     print(f"wrote {out} and .png")
 
