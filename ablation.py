@@ -1,8 +1,8 @@
 """The ablation: what each choice is worth, one at a time, and where the history helps.
 
-A row is a student that differs from its preset's, the *centre*, in one setting. Each is trained twice: with its
-history, and without (N = 0: step distillation), from the same weights, trajectories and batches. So every row has its
-control:
+A row changes the *centre*, which is the preset's student or what the flags make of it, in one setting. It is trained
+twice: with its history, and without (N = 0: step distillation), from the same weights, trajectories and batches. So
+every row has its control:
 
     centre            the preset itself
     kind              what is learned and put out: states and a direction, states, or clean predictions
@@ -19,10 +19,10 @@ control:
     python ablation.py --factors centre --seeds 3         three seeds of some
     python ablation.py --preset points --seeds 3          first: python teacher.py --preset points
     python ablation.py --part 1/2                         one of two processes that share the trainings and the folder
-
     python ablation.py --trajectory clean --output state --history-layers 6           around another centre
 
-What has been done, in whatever order, is not done again. Table and figure show all that is there: ablation.json, .png.
+What has been done, in whatever order, is not done again. Table and figure, ablation.json and .png, show all the rows of
+this centre that are complete; a row that says nothing new is left out.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from distill import distill, make_student, student_flags
 from evaluate import Judge, exposure_bias
 from model import HISTORIES
 from presets import COMMON, STUDENTS, TEACHERS
-from sample import HELD_OUT, few_step, methods, table
+from sample import HELD_OUT, few_step, table
 from teacher import find_teacher, solve, write_trajectories
 from training import (Fault, command, difference, fingerprint, machine_flags, make_folder, part_flag, pick_device,
                       positive, save_json, writable)
@@ -56,8 +56,8 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
         "step_heads": [dict(step_heads=heads) for heads in (False, True)],
         "own": [dict(own=share) for share in (0.0, 0.5)],
         "guidance": [dict(guidance=strength) for strength in (guidance, 2 * guidance)],
-        "count": [dict(count=number) for number in (count // 4, count, 4 * count)],
-        "iterations": [dict(iterations=length // 4), dict(iterations=length),
+        "count": [dict(count=number) for number in (max(1, count // 4), count, 4 * count)],
+        "iterations": [dict(iterations=max(1, length // 4)), dict(iterations=length),
                        dict(iterations=2 * length, count=2 * count)],
     }
 
@@ -71,17 +71,19 @@ class Bench:
         self.preset, self.centre, self.teacher, self.about = preset, centre, teacher, about
         self.trajectories, self.folder = trajectories, folder
         self.device, self.images, self.judges = device, images, {}
-        self.basis = dict(teacher=fingerprint(teacher.state_dict()), images=images)  # of all that is in the folder
+        # What all the results in the folder have in common.
+        self.basis = dict(teacher=fingerprint(teacher.state_dict()), images=images, preset=preset)
 
     def both(self, change: dict) -> tuple[dict, dict]:
-        """The two students of a row, without and with history. With one step there is no history."""
+        """The two students of a row, without and with history; the same one where there is no history to read."""
         student = self.centre | change
         without = student | dict(history_layers=0, history=self.preset["history"])
-        return without, without if student["steps"] == 1 else student
+        blind = student["steps"] == 1 or student["history"] == "none" or student["history_layers"] == 0
+        return without, without if blind else student
 
     def name(self, student: dict) -> str:
         return ",".join(f"{key}={value}" for key, value in student.items()
-                        if value != self.preset[key] and key not in ("bf16", "compile")) or "preset"
+                        if value != self.preset[key] and key != "compile") or "preset"
 
     def file(self, student: dict, seed: int) -> Path:
         return self.folder / self.name(student) / f"{seed}.json"
@@ -98,6 +100,7 @@ class Bench:
 
     def train(self, settings: dict, seed: int):
         """Train a student, judge it, and write down what was found."""
+        judge, x_T, y, states = self.judge(settings["guidance"])  # first: it may refuse
         folder, about = self.trajectories, self.about | dict(guidance=settings["guidance"])
         if settings["guidance"] != self.preset["guidance"]:
             folder = self.folder / f"trajectories,guidance={settings['guidance']}"
@@ -108,11 +111,10 @@ class Bench:
         out = self.file(settings, seed)
         student, about, losses = distill(student, about, trajectories, settings, out.with_suffix(".pt"), self.device,
                                          seed)
-        judge, x_T, y, states = self.judge(settings["guidance"])
-        run = methods(self.teacher, self.about, student, about)[f"student, {about['S']} steps"][1]
         own, strange = (few_step(student, about, x_T, y, shuffle) for shuffle in (False, True))
         save_json(out, dict(basis=self.basis, name=self.name(settings), seed=seed, calls=about["S"],
-                            gmacs=student.macs(about["S"]) / 1e9, **judge(run, self.name(settings)),
+                            gmacs=student.macs(about["S"]) / 1e9,
+                            **judge(lambda x_T, y: few_step(student, about, x_T, y), self.name(settings)),
                             shuffled=(strange[:, -1] - states[:, -1]).square().mean().item(),
                             exposure=exposure_bias(student, about, states, own, y), loss=losses[-1][1]))
 
@@ -145,12 +147,16 @@ def spread(values: list[float], form: str) -> str:
     return format(mean(values), form) + (f" ± {(max(values) - min(values)) / 2:{form}}" if len(values) > 1 else "")
 
 
-def ratio(without: list[float], with_history: list[float]) -> str:
-    """How many times larger the first are, seed by seed; a bound where the second are within their own spread of 0."""
-    if min(with_history) <= max(with_history) - min(with_history):
-        largest = max(with_history)
-        return f"> {mean(without) / largest:.1f}" if largest > 0 else ""
-    return spread([a / b for a, b in zip(without, with_history, strict=False)], ".2f")
+def ratio(without: list[dict], with_history: list[dict], measure: str) -> str:
+    """How many times larger a measure is without history, seed by seed. Where its smallest value with history is within
+    the range of these values, and so cannot be told from 0, a bound; nothing where even the other is not above 0."""
+    pairs = [(a[measure], b[measure]) for a in without for b in with_history if a["seed"] == b["seed"]]
+    others, own = zip(*pairs, strict=True) if pairs else ((0,), (0,))
+    if min(others) <= 0 or max(own) <= 0:
+        return ""
+    if min(own) <= max(own) - min(own):
+        return f"> {min(others) / max(own):.1f}"
+    return spread([a / b for a, b in pairs], ".2f")
 
 
 def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
@@ -174,18 +180,17 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                 line |= {key: spread([run[key] for run in students], form) for key, form in MEASURES.items()}
                 if not control:
                     line["shuffled"] = spread([run["shuffled"] for run in students], ".6f")
-                    line |= {f"{key} ratio": ratio(*([run[key] for run in side] for side in value["pair"]))
-                             for key in ("error", "above")}
+                    line |= {f"{key} ratio": ratio(*value["pair"], key) for key in ("error", "above")}
                 lines[f"{factor} {value['value']}".strip() + ", N = 0" * control] = line
     columns = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
     print("", table(lines, dict.fromkeys(columns, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
-          "shuffled: the error with another sample's history; ratios: how many times larger without history.\n"
-          "What a line does not say is as in the centre\n")
+          "shuffled: the error of 256 samples with another's history; ratios: how many times larger without history\n")
     moved = bench.name(bench.centre).replace("preset", "")
     out = out / f"ablation{',' * bool(moved)}{moved}.json"
     save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines, found=found))
-    draw(found, writable(out.with_suffix(".png")))
+    if found:
+        draw(found, writable(out.with_suffix(".png")))
     print(f"wrote {out} and .png")
 
 
@@ -220,7 +225,8 @@ def main():
     add = parser.add_argument
     add("--preset", choices=("points", "shapes", "shapes64", "cifar10"), default="shapes",
         help="the centre, which the flags below can move (default: shapes)")
-    add("--factors", nargs="+", metavar="FACTOR", help="train for these alone (default: all)")
+    add("--factors", nargs="+", metavar="FACTOR",
+        help="train for these alone (default: all); the table shows all that is done")
     add("--seeds", type=positive, default=1, help="trainings of each student (default: 1)")
     add("--images", type=positive, default=5000, help="images to judge each by (default: 5000)")
     add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
@@ -236,6 +242,7 @@ def main():
     out = make_folder(args.out or Path("runs/ablation") / args.preset)
     teacher, about = find_teacher(args.teacher, args.preset, runs, device)
     preset = COMMON | STUDENTS[args.preset] | {key: TEACHERS[args.preset][key] for key in ("count", "guidance")}
+    preset |= {key: value for key, value in (data.read_meta(runs / "trajectories") or {}).items() if key == "guidance"}
     centre = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
     rows = factors(centre, len(teacher.blocks))
     chosen = list(rows) if args.factors is None else args.factors
@@ -243,6 +250,8 @@ def main():
         raise Fault(f"no factor {unknown.pop()!r}: choose from {', '.join(rows)}")
     bench = Bench(preset, centre, teacher, about, runs / "trajectories", out, device, args.images)
     wanted = {bench.name(one): one for factor in chosen for change in rows[factor] for one in bench.both(change)}
+    for student in wanted.values():
+        bench.results(student)  # which may be another's
     todo = [(student, seed) for seed in range(args.seeds) for student in wanted.values()][args.part[0]::args.part[1]]
     todo = [(student, seed) for student, seed in todo if not bench.file(student, seed).exists()]
     for done, (student, seed) in enumerate(todo, start=1):

@@ -40,13 +40,15 @@ def ard_loss(model, about: dict, x, y, own=0.0):
 
     x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first: of states, or of clean predictions, which carry
     the times of the states at their marks; y: (b,). The model reads the first S and is asked for the last S: the same
-    sequence, one step ahead. A share `own` of the batch is fed the student's own history instead, as when it samples,
-    and asked for the teacher's states all the same (not in the paper; DAgger's idea, 1011.0686)."""
+    sequence, one step ahead. The first round(own·b) samples are fed the student's own history instead, as when it
+    samples, and asked for the teacher's states all the same (not in the paper; DAgger's idea, 1011.0686). No gradient
+    flows through that history; where a batch is shared or in parts, it is the first of every part."""
     times, told = (torch.tensor(about[key], device=x.device) for key in ("times", "told"))
     history, target = x[:, :-1], x[:, 1:]  # (b, S, c, h, w)
     k = round(own * len(x))
     if k:
         history = torch.cat([few_step(model, about, x[:k, 0], y[:k])[:, :-1], history[k:]])
+        torch.clear_autocast_cache()  # of weights in bfloat16 that were made without gradient
     output = model(history, told, y).float()
     prediction = advance(about, output, history, times[:-1], times[1:])
     return (prediction - target).square().mean()

@@ -103,7 +103,7 @@ class Judge:
         train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=count)
         if min(len(held_out), count) < 200:
             raise Fault(f"64 features need at least 200 images of each kind, and there are {len(held_out)} real ones "
-                        f"kept for testing, to be compared with {count}: choose another --data, or --count")
+                        f"kept for testing, to be compared with {count}: take more, or another data set")
         self.classifier = train_classifier(train_set, about, Path("runs/classifiers"), device)
         real_images, real_labels = held_out.some(count)
         self.real, predicted = features(self.classifier, real_images)
@@ -300,7 +300,7 @@ def main():
         print(table(rows, {"gmacs": ".2f", "percent": ".2f"}))
         return
     device, out = pick_device(args.device), make_folder(args.out)
-    if args.samples or args.reference:
+    if args.samples or args.reference or args.inception:
         if not (args.samples and args.reference):
             raise Fault("the protocol compares --samples with a --reference: give both")
         row = protocol(args.samples, args.reference, args.inception, device)
@@ -316,16 +316,16 @@ def main():
     for name, (student, about) in students.items():
         costs, states, y = compare(teacher, teacher_about, student, about, device, args.bf16)
         for way, (calls, run) in methods(teacher, teacher_about, student, about).items():
-            row = way.replace("student", name).replace("its", f"{name},")
+            row = f"{name}, history shuffled" if way.startswith("its") else way.replace("student", name)
             if row not in rows:  # the teacher's rows are shared
                 macs = calls * teacher.macs() if way.startswith("teacher") else student.macs(calls)
                 found = judge(run, row) if shown else judge.best  # the first way is the teacher's own
                 rows[row] = costs[way] | dict(gmacs=macs / 1e9) | found
                 shown[row] = states[way]
-        full, _, own = list(states.values())[:3]
+        full, own = states[f"teacher, {about['steps']} steps"], states[f"student, {about['S']} steps"]
         with autocast(device, args.bf16):
             curves[name] = exposure_bias(student, about, full, own, y)
-            if len(states) > 3:
+            if "its history shuffled" in states:
                 shares[name] = attention(student, own[:, :-1], y, torch.tensor(about["told"], device=device))
 
     print("", table(rows, COLUMNS), "", sep="\n")

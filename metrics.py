@@ -62,7 +62,7 @@ def coverage(points, by, k=3, block=1000) -> float:
         raise Fault(f"a point's {k} neighbours need more than {k} images, and there are {len(by)}")
     radius = torch.cat([torch.cdist(rows, by).kthvalue(k + 1, dim=1).values for rows in by.split(block)])  # 1st: itself
     inside = [(torch.cdist(rows, by) <= radius).any(dim=1) for rows in points.split(block)]
-    return torch.cat(inside).double().mean().item()
+    return torch.cat(inside).cpu().double().mean().item()
 
 
 def inception_score(logits, split=5000) -> float:
@@ -97,7 +97,9 @@ def open_npz(path: Path):
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as array:
             read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-            shape, _, dtype = read[np.lib.format.read_magic(array)[0]](array)
+            shape, by_columns, dtype = read[np.lib.format.read_magic(array)[0]](array)
+            if by_columns:
+                raise ValueError("it is stored column by column")
             yield shape, dtype, array
     except FileNotFoundError:
         raise Fault(f"no such file or folder: {path}") from None
@@ -107,8 +109,9 @@ def open_npz(path: Path):
 
 class ImageSet:
     """Square uint8 images, read batch by batch: arr_0 of an .npz file, or all the images of a folder and its
-    subfolders. With a `side`, a folder's images are cropped and resized to it, as one does for a reference, and a
-    file's must have it. Raises Fault for what is not images of one size."""
+    subfolders. With a `side`, a folder's images are cropped and resized to it (not quite as ADM's file was made: for
+    numbers to set beside a paper's, use that), and a file's must have it. Raises Fault for what is not images of one
+    size."""
 
     def __init__(self, path: Path, side: int | None = None):
         self.path, self.files = Path(path), None
@@ -117,7 +120,7 @@ class ImageSet:
             if not self.files:
                 raise Fault(f"no images in {path}")
             sizes = {Image.open(file).size for file in self.files} if side is None else {(side, side)}
-            if len(sizes) > 1 or len(set(*sizes)) > 1:
+            if len(sizes) > 1 or any(w != h for w, h in sizes):
                 raise Fault(f"the images in {path} are not squares of one size: there are {sorted(sizes)[:3]}")
             self.count, self.side = len(self.files), sizes.pop()[0]
         else:
@@ -148,7 +151,8 @@ def load_inception(weights: Path | None, device):
     if it is not named. Raises Fault where either is not to be had."""
     module = optional("torch_fidelity.feature_extractor_inceptionv3")
     try:
-        return module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights).to(device)
+        network = module.FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], weights)
+        return network.to(device).eval()  # which torch-fidelity 0.3 leaves to us
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise Fault(f"no Inception weights ({str(error).splitlines()[0]}): name torch-fidelity's file with "
                     "--inception") from None
@@ -190,16 +194,17 @@ def reference_moments(path: Path) -> dict:
 def protocol(samples: Path, reference: Path, weights: Path | None, device) -> dict:
     """FID, sFID, Inception Score, precision and recall of the images `samples`, as ADM's evaluator takes them, against
     a `reference`: its .npz, whose statistics are used where it has them, or a folder of images."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # numbers to compare with others'
     images = ImageSet(samples)
     real, there = ImageSet(reference, images.side), reference_moments(reference)
-    for count, name in ((images.count, samples), (real.count, reference)):
-        if count <= 2048 and not (name == reference and len(there) == 2):
-            raise Fault(f"{name} has {count:,} images, and 2048 features need more than that")
+    few = [one for one in (images, *[real] * (len(there) < 2)) if one.count <= 2048]
+    if few:
+        raise Fault(f"{few[0].path} has {few[0].count:,} images, and 2048 features need more than that")
     network = load_inception(weights, device)
     pool, spatial, logits = activations(network, images, device)
     real_pool, real_spatial, _ = activations(network, real, device)
     fid, sfid = there.get("fid") or moments(real_pool), there.get("sfid") or moments(real_spatial)
-    pool, real_pool = pool.to(device), real_pool.to(device)
-    return dict(images=images.count, fid=frechet(moments(pool), fid), sfid=frechet(moments(spatial), sfid),
-                inception_score=inception_score(logits), precision=coverage(pool, by=real_pool),
-                recall=coverage(real_pool, by=pool))
+    row = dict(images=images.count, fid=frechet(moments(pool), fid), sfid=frechet(moments(spatial), sfid),
+               inception_score=inception_score(logits))
+    pool, real_pool = pool.to(device), real_pool.to(device)  # the many distances are for the GPU
+    return row | dict(precision=coverage(pool, by=real_pool), recall=coverage(real_pool, by=pool))

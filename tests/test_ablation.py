@@ -27,6 +27,7 @@ def test_a_row_and_its_control():
                           (dict(history="window"), ("history_layers=0", "history=window")),
                           (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
                           (dict(step_heads=False), ("history_layers=0", "preset")),  # the centre itself
+                          (dict(history="none"), ("history_layers=0",) * 2),
                           (dict(steps=1), ("steps=1,history_layers=0",) * 2)):  # one step has no history
         assert tuple(map(bench.name, bench.both(change))) == names
     moved = bench_of("shapes", history="anchor", trajectory="clean")
@@ -42,12 +43,20 @@ def test_every_factor_has_the_centre_in_it(preset):
         assert "preset" in [bench.name(bench.both(change)[1]) for change in changes], factor
 
 
-def test_means_and_ratios():
+def test_means():
     assert spread([2.0], ".1f") == "2.0" and spread([1.0, 2.0, 4.0], ".2f") == "2.33 ± 1.50"
-    assert ratio([6.0], [2.0]) == "3.00"
-    assert ratio([6.0, 8.0], [2.0, 3.0]) == "2.83 ± 0.17"
-    assert ratio([6.0, 8.0], [0.5, 2.0]) == "> 3.5"  # 0.5 is no further from 0 than from 2: a bound
-    assert ratio([6.0, 8.0], [-2.0, -1.0]) == ""
+
+
+def test_ratio():
+    def of(without, with_history):
+        sides = [[dict(seed=seed, above=value) for seed, value in side.items()] for side in (without, with_history)]
+        return ratio(*sides, "above")
+
+    assert of({0: 6.0}, {0: 2.0}) == "3.00"
+    assert of({0: 6.0, 1: 8.0}, {1: 3.0, 0: 2.0}) == "2.83 ± 0.17"  # seed by seed
+    assert of({0: 6.0}, {0: 2.0, 1: 3.0}) == "3.00"
+    assert of({0: 6.0, 1: 8.0}, {0: 0.5, 1: 2.0}) == "> 3.0"  # 0.5 is no further from 0 than from 2: a bound
+    assert of({0: 6.0}, {0: -1.0}) == of({0: -6.0}, {0: 1.0}) == of({0: 6.0}, {1: 1.0}) == ""
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -64,6 +73,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         ablation.main()
         return capsys.readouterr().out
 
+    run("--factors", "centre", "--part", "1/2")  # the control alone: no row is complete
     run("--factors", "steps", "--part", "1/2")
     out = run("--factors", "steps", "--seeds", "2")
     folder = tmp_path / "runs/ablation/points"

@@ -145,10 +145,12 @@ def test_what_is_no_set_of_images(tmp_path):
     np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
     np.savez(tmp_path / "other.npz", images=some_images(2, 4))
     np.savez(tmp_path / "right.npz", arr_0=some_images(2, 4))
+    np.savez(tmp_path / "turned.npz", arr_0=np.asfortranarray(some_images(2, 4)))
     whole = (tmp_path / "right.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     for name, words in (("empty", "no images"), ("text.npz", "not an .npz"), ("floats.npz", "uint8"),
-                        ("nowhere", "no such"), ("other.npz", "arr_0"), ("cut.npz", "not an .npz")):
+                        ("nowhere", "no such"), ("other.npz", "arr_0"), ("cut.npz", "not an .npz"),
+                        ("turned.npz", "column by column")):
         with pytest.raises(Fault, match=words):
             ImageSet(tmp_path / name)
     with pytest.raises(Fault, match="4 pixels wide, those to compare with 8"):
