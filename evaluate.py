@@ -266,7 +266,8 @@ def draw(curves: dict[str, dict], shares: dict[str, list], out: Path):
         cells = 100 * torch.tensor(layers)[:, step, read]  # (N, pairs), %
         axis.imshow(cells, vmin=0, vmax=100, cmap="Blues", origin="lower", aspect="auto")
         for (layer, pair), cell in np.ndenumerate(cells.numpy()):
-            axis.text(pair, layer, f"{cell:.0f}", ha="center", va="center", fontsize=8, color="C1")
+            axis.text(pair, layer, f"{cell:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if cell > 50 else "black")
         labels = [f"step {i + 1}: {'itself' if i == j else 'noise' if j == 0 else f'state {j}'}"
                   for i, j in zip(step.tolist(), read.tolist(), strict=True)]
         axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
