@@ -140,6 +140,7 @@ class Bench:
 # ---- the table and the figure ---------------------------------------------------------------------------------------
 
 MEASURES = {"error": ".6f", "frechet": ".3f", "above": ".3f", "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
+COLUMNS = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
 
 
 def spread(values: list[float], form: str) -> str:
@@ -165,8 +166,9 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
     for factor, changes in rows.items():
         for change in changes:
             pair = [bench.results(student) for student in bench.both(change)]
+            value = ", ".join(f"N = {x}" if key == "history_layers" else str(x) for key, x in change.items())
             if all(pair):
-                found.setdefault(factor, []).append(dict(value=", ".join(map(str, change.values())), pair=pair))
+                found.setdefault(factor, []).append(dict(value=value, pair=pair))
     lines, seen = {}, []
     for name, row in bench.teachers(bench.centre["steps"]).items():
         lines[name] = {key: format(row[key], form) for key, form in ({"calls": "d", "gmacs": ".4f"} | MEASURES).items()}
@@ -182,8 +184,7 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                     line["shuffled"] = spread([run["shuffled"] for run in students], ".6f")
                     line |= {f"{key} ratio": ratio(*value["pair"], key) for key in ("error", "above")}
                 lines[f"{factor} {value['value']}".strip() + ", N = 0" * control] = line
-    columns = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
-    print("", table(lines, dict.fromkeys(columns, "")), "", sep="\n")
+    print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
           "shuffled: the error of 256 samples with another's history; ratios: how many times larger without history\n")
     moved = bench.name(bench.centre).replace("preset", "")

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import ablation
 import benchmark
 from evaluate import COLUMNS
 from sample import table
@@ -16,8 +17,24 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_the_measured_ones():
     for name in ("shapes", "points"):
         assert table(json.loads((ROOT / f"assets/{name}.json").read_text())["rows"], COLUMNS) in README, name
+    for name in ("shapes", "points"):
+        lines = json.loads((ROOT / f"assets/ablation-{name}.json").read_text())["lines"]
+        assert table(lines, dict.fromkeys(ablation.COLUMNS, "")) in README, name
     for title, rows in json.loads((ROOT / "assets/benchmark.json").read_text())["results"].items():
         assert table(rows, benchmark.COLUMNS) in README, title
+
+
+def test_the_short_table_says_what_the_ablation_says():
+    for name, title, control, row in (
+            ("points", "points: clean predictions, N = 6 of 6", "centre, N = 0", "centre"),
+            ("points", "points: states, direction, N = 6 of 6", "kind states, direction, N = 0", "kind states, direction"),
+            ("shapes", "shapes: states, direction, N = 1 of 6", "centre, N = 0", "centre"),
+            ("shapes", "shapes: states, state, N = 1 of 6", "kind states, state, N = 0", "kind states, state"),
+            ("shapes", "shapes: clean predictions, N = 6 of 6", "kind clean, state, N = 0", "kind clean, state, N = 6")):
+        lines = json.loads((ROOT / f"assets/ablation-{name}.json").read_text())["lines"]
+        few, without, with_history = lines["teacher, 4 steps"], lines[control], lines[row]
+        cells = [title, few["above"], without["above"], with_history["above"], with_history["above ratio"] or "–"]
+        assert f"| {' | '.join(cells)} |" in README, title
 
 
 def test_links_and_commands_point_to_files():
