@@ -108,9 +108,8 @@ class Attention(nn.Module):
             return self.proj(rearrange(x, "(b s) h n d -> b s n (h d)", b=b))
 
         q, k, v = rearrange(self.qkv(x), "b s n (qkv h d) -> qkv b h (s n) d", **split)  # views, no copies
-        first = 0
+        first = cache.seen if cache is not None else 0
         if cache is not None:
-            first = cache.seen
             k, v = cache.extend(self, k, v, n)
         queries = q.split(n, dim=2)  # s blocks of (b, h, n, d)
         x = [
@@ -205,8 +204,7 @@ class DiT(nn.Module):
         if not 0 <= history_layers <= depth:
             raise ValueError(f"history_layers is {history_layers}: the model has {depth} layers")
         self.patch, self.channels, self.width, self.heads = patch, channels, width, heads
-        self.grid = image_size // patch
-        self.null_class = classes
+        self.grid, self.null_class = image_size // patch, classes
         self.history, self.history_layers = history, history_layers
         self.checkpointing = False
 
@@ -237,16 +235,21 @@ class DiT(nn.Module):
             nn.init.zeros_(zero.weight)
             nn.init.zeros_(zero.bias)
 
-    def forward(self, x, t, y, cache: KVCache | None = None):
+    def condition(self, t, y):
+        """c = time + label, for each block: (b, s, width). t: (s,) or (b, s); y: (b,)."""
+        return self.t_embedder(t) + self.y_embedder["embedding_table"](y)[:, None]
+
+    def forward(self, x, t, y, cache: KVCache | None = None, features: list | None = None):
         """x: s states (b, s, c, h, w); t: their times, (s,) or (b, s), in the unit the model was trained with (0 …
         1000); y: labels (b,). Returns one image per state, (b, s, c, h, w): the prediction made at each block.
 
-        With a `cache`, x holds only the *next* states: those read before are remembered."""
+        With a `cache`, x holds only the *next* states: those read before are remembered. What each layer puts out, (b,
+        s, n, width), is added to a list of `features`."""
         b, s = x.shape[:2]
         first = cache.seen if cache is not None else 0  # index of x's first block in its trajectory
         x = self.x_embedder["proj"](rearrange(x, "b s c h w -> (b s) c h w"))
         x = rearrange(x, "(b s) d h w -> b s (h w) d", b=b) + self.pos_embed  # (b, s, n, width)
-        c = self.t_embedder(t) + self.y_embedder["embedding_table"](y)[:, None]  # (b, s, width)
+        c = self.condition(t, y)
 
         for layer, block in enumerate(self.blocks):
             history = self.history if layer < self.history_layers else "none"
@@ -254,6 +257,8 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, c, history, cache, use_reentrant=False)
             else:
                 x = block(x, c, history, cache)
+            if features is not None:
+                features.append(x)
 
         if len(self.head_names) == 1:
             x = self.final_layer(x, c)

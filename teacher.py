@@ -220,7 +220,7 @@ def load_network(path, kind, device="cpu"):
         checkpoint = load_checkpoint(path, kind, foreign=public.adapt)
     about = checkpoint["about"]
     try:
-        model, end = DiT(**about["model"]), about["training"]["iterations"]
+        model, end = DiT(**about["model"]), about.get("refined", about["training"])["iterations"]
     except (KeyError, TypeError, ValueError) as error:
         raise Fault(f"{path} describes no network that is known here: {error}") from None
     if checkpoint.get("step", end) < end:

@@ -365,9 +365,9 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def learning_rate(step: int, iterations: int, lr: float, warmup: int, schedule: str) -> float:
-    """Linear warm-up, then "constant" or a "cosine" down to 0."""
-    rate = lr * min(1.0, (step + 1) / max(1, warmup))
+def learning_rate(step: int, iterations: int, warmup: int, schedule: str) -> float:
+    """As a share of the highest: a linear warm-up, then "constant" or a "cosine" down to 0."""
+    rate = min(1.0, (step + 1) / max(1, warmup))
     return rate * 0.5 * (1 + math.cos(math.pi * step / iterations)) if schedule == "cosine" else rate
 
 
@@ -387,19 +387,56 @@ def micro_batches(tensors, parts: int) -> list[tuple]:
     return list(zip(*(tensor[rank()::world()].chunk(parts) for tensor in tensors), strict=True))
 
 
+class Player:
+    """A model that is trained: with AdamW, without weight decay, at a learning rate of `lr` at most. loss_of(model,
+    *batch) is a scalar, a mean over the batch, or such a loss and other such values that are to be watched."""
+
+    def __init__(self, model, loss_of, lr: float, compile=False):
+        self.model, self.loss_of, self.lr = model.train(), loss_of, lr
+        self.weights = [w for w in model.parameters() if w.requires_grad]
+        fused = self.weights[0].device.type == "cuda"
+        self.optimiser = torch.optim.AdamW(self.weights, lr=lr, weight_decay=0.0, fused=fused)
+        self.network = torch.compile(model) if compile else model
+
+    def share(self, device):
+        """From here on, backward() averages the gradients of all processes."""
+        torch._dynamo.config.optimize_ddp = False  # its way of cutting the graph does not go with checkpointing
+        self.network = DistributedDataParallel(self.network, device_ids=[device] if device.type == "cuda" else None)
+
+    def step(self, parts, rate: float, clip: float, device, bf16) -> list:
+        """One step on a batch in parts, at `rate` times the learning rate: the loss and what else is watched, not
+        finite if the gradient is not."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * self.lr
+        self.optimiser.zero_grad(set_to_none=True)
+        sums = 0
+        for i, part in enumerate(parts, start=1):
+            together = world() == 1 or i == len(parts)  # gradients travel once a step, with the last part
+            with nullcontext() if together else self.network.no_sync(), fast_attention(device, bf16):
+                with autocast(device, bf16):
+                    values = self.loss_of(self.network, *(tensor.to(device) for tensor in part))
+                    values = values if isinstance(values, tuple) else (values,)
+                (values[0] / len(parts)).backward()
+            sums = sums + torch.stack([value.detach().float() for value in values]) / len(parts)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, clip)
+        self.optimiser.step()
+        return sums + 0 * norm
+
+
 def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations, batch, lr, decay=0.999, warmup=100,
-          schedule="cosine", clip=1.0, bf16=False, accumulate=1, compile=False, save_seconds=None, log_every=50):
-    """Minimise loss_of(model, *batch_of(step)), a scalar, a mean over the batch, with AdamW (no weight decay); return
-    the averaged model and the mean losses [(step, loss), …]. `model` is on its device and holds its starting weights.
+          schedule="cosine", clip=1.0, bf16=False, accumulate=1, compile=False, save_seconds=None, log_every=50,
+          rival: Player | None = None, verdict=lambda losses: None):
+    """Minimise loss_of(model, *batch_of(step)) (see Player); return the averaged model and the means of what it gives,
+    [(step, loss, …), …]. `model` is on its device and holds its starting weights.
     Saves to `out` and continues from it; a finished run is not run again. `about` describes the training: another one
     at `out` is a Fault, and is not overwritten. `batch` is for the rate in the progress line only.
-    `save_seconds`: how often to save (default: every minute, or less often where saving takes long)."""
+    `save_seconds`: how often to save (default: every minute, or less often where saving takes long).
+    A `rival` takes a step on the same batch after each of the model's; its values follow the model's in the means. The
+    training ends in a Fault, without saving, when `verdict`(means so far) has something to say."""
     device = next(model.parameters()).device
-    model.train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    weights = [w for w in model.parameters() if w.requires_grad]
-    optimiser = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0, fused=device.type == "cuda")
-    start, losses, partial = 0, [], 0.0  # `partial`: the sum of the losses since the last entry of `losses`
+    players = {"": Player(model, loss_of, lr, compile)} | ({"rival_": rival} if rival else {})
+    start, losses, partial = 0, [], 0.0  # `partial`: the sums of the values since the last entry of `losses`
     if out.exists():
         state = load_checkpoint(out, about["kind"])
         if state["about"] != about:
@@ -410,41 +447,32 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
         load_weights(average, state["ema"], out)
         start, losses, partial = state["step"], state["losses"], state["partial"]
         if start < iterations:
-            load_weights(model, state["model"], out)
-            optimiser.load_state_dict(state["optimiser"])
+            for name, player in players.items():
+                load_weights(player.model, state[name + "model"], out)
+                player.optimiser.load_state_dict(state[name + "optimiser"])
             print(f"continuing {out} at step {start:,} of {iterations:,}")
         del state
 
     def save(step):
-        state = {"about": about, "ema": average.state_dict(), "model": model.state_dict(), "step": step,
-                 "optimiser": optimiser.state_dict(), "losses": losses, "partial": partial.item()}
+        state = {"about": about, "ema": average.state_dict(), "step": step, "losses": losses,
+                 "partial": partial.tolist()}
+        for name, player in players.items():
+            state |= {name + "model": player.model.state_dict(), name + "optimiser": player.optimiser.state_dict()}
         replace_file(out, lambda file: torch.save(state, file))
 
-    network = torch.compile(model) if compile else model
-    if world() > 1 and start < iterations:  # from here on, backward() averages the gradients of all processes
-        torch._dynamo.config.optimize_ddp = False  # its way of cutting the graph does not go with checkpointing
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    if world() > 1 and start < iterations:
+        for player in players.values():
+            player.share(device)
     progress = Progress(title, range(start, iterations), start=start, unit="images", weight=batch)
     partial, saved = torch.tensor(partial, device=device), time.time()
     pause = 60 if save_seconds is None else save_seconds
     with Interrupt() as interrupt:
         for step in progress:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, iterations, lr, warmup, schedule)
-            optimiser.zero_grad(set_to_none=True)
-            parts = micro_batches(batch_of(step), accumulate)
-            for i, part in enumerate(parts, start=1):
-                together = world() == 1 or i == len(parts)  # gradients travel once a step, with the last part
-                with nullcontext() if together else network.no_sync(), fast_attention(device, bf16):
-                    with autocast(device, bf16):
-                        loss = loss_of(network, *(tensor.to(device) for tensor in part)) / len(parts)
-                    loss.backward()
-                partial += loss.detach()
-            norm = torch.nn.utils.clip_grad_norm_(weights, clip)
-            optimiser.step()
+            parts, rate = micro_batches(batch_of(step), accumulate), learning_rate(step, iterations, warmup, schedule)
+            values = [player.step(parts, rate, clip, device, bf16) for player in players.values()]
+            partial = partial + torch.cat(values)
             update_average(average, model, decay, step)
 
-            partial += 0 * norm  # not finite if the gradient is not
             done = step + 1
             log = done % log_every == 0 or done == iterations
             stop, late = interrupt.asked, time.time() - saved > pause
@@ -452,14 +480,16 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
                 stop, late = everywhere([stop, late], device, "MAX")
             keep = stop or late or done == iterations
             if log or keep:
-                partial.fill_(everywhere(partial, device) / world())
-                if not partial.isfinite():
+                partial = torch.tensor(everywhere(partial, device), device=device).float() / world()
+                if not partial.isfinite().all():
                     raise Fault(f"the loss is not finite at step {done}: try a smaller --lr. What was saved before "
                                 "stays")
             if log:
-                losses.append((done, partial.item() / ((done - 1) % log_every + 1)))
+                losses.append((done, *(partial / ((done - 1) % log_every + 1)).tolist()))
                 partial.zero_()
-                progress.note = f"loss {losses[-1][1]:.5f}"
+                progress.note = "loss " + " ".join(f"{value:.5f}" for value in losses[-1][1:])
+                if trouble := verdict(losses):
+                    raise Fault(f"{trouble} at step {done}. What was saved before stays")
             if keep:
                 began = time.time()
                 if rank() == 0:

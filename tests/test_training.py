@@ -204,14 +204,14 @@ def test_training_is_adam_with_warm_up_cosine_clipping_and_an_average(tmp_path):
 
 
 def test_learning_rate_warms_up_and_follows_its_schedule():
-    constant = [learning_rate(step, 100, 2.0, 10, "constant") for step in range(100)]
+    constant = [2 * learning_rate(step, 100, 10, "constant") for step in range(100)]
     assert constant == pytest.approx([0.2 * k for k in range(1, 11)] + [2.0] * 90)
-    cosine = [learning_rate(step, 100, 2.0, 10, "cosine") for step in range(100)]
+    cosine = [2 * learning_rate(step, 100, 10, "cosine") for step in range(100)]
     assert cosine[25] == pytest.approx(1 + math.sqrt(0.5)) and cosine[50] == pytest.approx(1.0)
     assert cosine[75] == pytest.approx(1 - math.sqrt(0.5)) and 0 < cosine[99] < 0.001
     assert cosine[0] == pytest.approx(0.2) and cosine[:10] == sorted(cosine[:10])
     assert cosine[10:] == sorted(cosine[10:], reverse=True)
-    assert learning_rate(0, 10, 2.0, 0, "constant") == 2.0
+    assert learning_rate(0, 10, 0, "constant") == 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(tmp_path):
