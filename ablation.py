@@ -139,7 +139,7 @@ class Bench:
 
 # ---- the table and the figure ---------------------------------------------------------------------------------------
 
-MEASURES = {"error": ".6f", "frechet": ".3f", "above": ".3f", "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
+MEASURES = {"error": ".6f", "frechet": ".3f", "above": ".4f", "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
 COLUMNS = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
 
 
@@ -162,40 +162,45 @@ def ratio(without: list[dict], with_history: list[dict], measure: str) -> str:
 
 def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
     """Print the table of all the rows that have been trained; write ablation.json and ablation.png."""
-    found = {}
+    students, found = {}, {}  # {name: results}, {factor: [{value, the names of its two students}]}
     for factor, changes in rows.items():
         for change in changes:
-            pair = [bench.results(student) for student in bench.both(change)]
+            pair = {bench.name(student): bench.results(student) for student in bench.both(change)}
             value = ", ".join(f"N = {x}" if key == "history_layers" else str(x) for key, x in change.items())
-            if all(pair):
-                found.setdefault(factor, []).append(dict(value=value, pair=pair))
-    lines, seen = {}, []
+            if all(pair.values()) and list(pair) not in [other["pair"] for other in found.get(factor, [])]:
+                students |= pair
+                found.setdefault(factor, []).append(dict(value=value, pair=list(pair)))
+    lines, said = {}, set()
     for name, row in bench.teachers(bench.centre["steps"]).items():
         lines[name] = {key: format(row[key], form) for key, form in ({"calls": "d", "gmacs": ".4f"} | MEASURES).items()}
     for factor, values in found.items():
         for value in values:
-            for students, control in zip(value["pair"], (True, False), strict=True):
-                if students in seen:
+            for which, name in enumerate(value["pair"]):
+                if name in said:
                     continue  # the centre, or its control: once is enough
-                seen.append(students)
-                line = dict(seeds=len(students), calls=students[0]["calls"], gmacs=f"{students[0]['gmacs']:.4f}")
-                line |= {key: spread([run[key] for run in students], form) for key, form in MEASURES.items()}
-                if not control:
-                    line["shuffled"] = spread([run["shuffled"] for run in students], ".6f")
-                    line |= {f"{key} ratio": ratio(*value["pair"], key) for key in ("error", "above")}
-                lines[f"{factor} {value['value']}".strip() + ", N = 0" * control] = line
+                said.add(name)
+                runs = students[name]
+                line = dict(seeds=len(runs), calls=runs[0]["calls"], gmacs=f"{runs[0]['gmacs']:.4f}")
+                line |= {key: spread([run[key] for run in runs], form) for key, form in MEASURES.items()}
+                if which == 1:
+                    control = students[value["pair"][0]]
+                    line["shuffled"] = spread([run["shuffled"] for run in runs], ".6f")
+                    line |= {f"{key} ratio": ratio(control, runs, key) for key in ("error", "above")}
+                lines[f"{factor} {value['value']}".strip() + ", N = 0" * (which == 0)] = line
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
           "shuffled: the error of 256 samples with another's history; ratios: how many times larger without history\n")
     moved = bench.name(bench.centre).replace("preset", "")
     out = out / f"ablation{',' * bool(moved)}{moved}.json"
-    save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines, found=found))
+    save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines,
+                        factors=found, students=students))
+    found = {factor: values for factor, values in found.items() if len(values) > 1}
     if found:
-        draw(found, writable(out.with_suffix(".png")))
-    print(f"wrote {out} and .png")
+        draw(found, students, writable(out.with_suffix(".png")))
+    print(f"wrote {out}" + " and .png" * bool(found))
 
 
-def draw(found: dict[str, list[dict]], out: Path):
+def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Path):
     """A column for each factor: error and distance above the teacher's, without and with history; a dot is a seed."""
     import matplotlib
     matplotlib.use("Agg")
@@ -205,11 +210,12 @@ def draw(found: dict[str, list[dict]], out: Path):
     for column, (factor, values) in zip(axes.T, found.items(), strict=True):
         for axis, measure in zip(column, ("error", "above"), strict=True):
             for which, name in enumerate(("without history", "with history")):
-                runs = [[run[measure] for run in value["pair"][which]] for value in values]
+                runs = [[run[measure] for run in students[value["pair"][-1 if which else 0]]] for value in values]
                 axis.plot(range(len(runs)), [mean(seeds) for seeds in runs], color=f"C{which}", label=name)
                 for x, seeds in enumerate(runs):
                     axis.plot([x] * len(seeds), seeds, "o", color=f"C{which}", markersize=4, alpha=0.7)
-            axis.set_yscale("log") if measure == "error" else axis.set_yscale("symlog", linthresh=1)
+            wide = max(run["above"] for runs in students.values() for run in runs) > 10
+            axis.set_yscale("log" if measure == "error" else "symlog" if wide else "linear")
             axis.set_xticks(range(len(values)), [""] * len(values))
         column[0].set_title(factor, fontsize=10)
         column[1].set_xticks(range(len(values)), [value["value"].replace(", ", "\n") for value in values], fontsize=8)

@@ -116,12 +116,14 @@ def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=Fal
 def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
     """Rows {name: {column: value}} as text; `columns` gives each column's format. A value that is not there is left
     blank."""
+    def text(row, key):
+        return format(row[key], columns[key]) if row.get(key) is not None else ""
+
     width = max(map(len, rows)) + 2
-    cell = {key: max(len(key), 9) + 2 for key in columns}
+    cell = {key: max(len(key), 9, *(len(text(row, key)) for row in rows.values())) + 2 for key in columns}
     lines = [" " * width + "".join(f"{key:>{cell[key]}}" for key in columns)]
     for name, row in rows.items():
-        cells = [format(row[key], form) if row.get(key) is not None else "" for key, form in columns.items()]
-        lines.append(f"{name:{width}}" + "".join(f"{c:>{w}}" for c, w in zip(cells, cell.values(), strict=True)))
+        lines.append(f"{name:{width}}" + "".join(f"{text(row, key):>{cell[key]}}" for key in columns))
     return "\n".join(lines)
 
 
