@@ -129,10 +129,17 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
     game = {key: preset[key] for key in ("judged", "level", "strength", "alone", "heads_lr", "hidden")}
-    about = about | dict(refined=dict(**fit, **game, seed=seed, start=fingerprint(student.state_dict())))
+    if dataset.classes != about["classes"] or list(dataset.shape) != data.image_shape(about):
+        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
+    meta, times = trajectories.meta, trajectories.times
+    if (meta["teacher"], meta["guidance"], times) != tuple(about[key] for key in ("teacher", "guidance", "times")):
+        raise Fault("these are not the trajectories that the student has learned: name them with --trajectories")
+    about = about | dict(refined=dict(**fit, **game, seed=seed, start=fingerprint(student.state_dict()),
+                                      images=len(dataset), count=len(trajectories), noise=meta["seed"]))
     torch.manual_seed(seed)
     discriminator = Discriminator(teacher, game["hidden"]).to(device)
-    student.to(device).requires_grad_(True).checkpointing = recompute(preset, student, about["S"], device)
+    passes = 2 if game["judged"] == "own" else 1
+    student.to(device).requires_grad_(True).checkpointing = recompute(preset, student, passes * about["S"] + 1, device)
     student.pos_embed.requires_grad_(False)
     path = PATHS[about["path"]]
     t = torch.tensor(game["level"] * path.T, device=device)
@@ -172,7 +179,7 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
         return heads_loss(of_real, of_generated), right
 
     def verdict(losses):
-        recent = [row[-1] for row in losses[-10:]]
+        recent = [row[-1] for row in losses if row[0] > game["alone"]][-10:]
         if len(recent) == 10 and min(recent) > 0.99:
             return "the heads are always right, and teach nothing: try more noise (--level), or a lower --heads-lr"
         if losses[-1][4] >= 0.9 * MOST:
@@ -235,7 +242,7 @@ def main():
         "the teacher's")
     add("--level", type=share, help="adversarial: the noise under which images are judged, as a share of all time")
     add("--strength", type=strength, help="adversarial: of the heads' gradient, in units of the copying loss's")
-    add("--alone", type=whole, help="adversarial: steps in which the heads learn alone, at first")
+    add("--alone", type=whole, help="adversarial: steps at first in which the student only copies, and the heads learn")
     add("--heads-lr", type=strength, help="adversarial: the heads' learning rate")
     add("--hidden", type=positive, help="adversarial: the heads' width")
     training_flags(add)
@@ -243,7 +250,9 @@ def main():
 
     if bool(args.start) != args.adversarial:
         raise Fault("the second stage starts from a student: --adversarial --from RUN/student.pt")
-    first, second = {*STUDENTS["shapes"], "own"}, {*REFINERS["shapes"], "data"}
+    if args.adversarial and args.preset not in REFINERS:
+        raise Fault(f"there is no second stage for {args.preset}: heads mix the patches of an image")
+    first, second = {*STUDENTS["shapes"], "own", "compile"}, {*REFINERS["shapes"], "data"}
     for flag in first - second if args.adversarial else second - first:
         if getattr(args, flag) is not None:
             raise Fault(f"--{flag.replace('_', '-')} is for the {'first' if args.adversarial else 'second'} stage")

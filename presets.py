@@ -58,7 +58,6 @@ STUDENTS = {
 # The second stage of a student: how its images are judged, and how it and the heads are trained.
 GAME = dict(judged="own", level=0.1, strength=1.0, alone=100, heads_lr=1e-3, hidden=64)
 REFINERS = {
-    "points": GAME | dict(iterations=1000, batch=256, lr=1e-4, decay=0.995, bf16=False),
     "shapes": GAME | dict(iterations=1000, batch=64, lr=1e-4, decay=0.99),
     "shapes64": GAME | dict(iterations=2000, batch=64, lr=1e-4, decay=0.999),
     "cifar10": GAME | dict(iterations=10000, batch=64, lr=1e-4, decay=0.999, hidden=128),

@@ -112,6 +112,7 @@ BAD = [
     ("DISTILL --told 999 500", "--told has 2 times, and the student takes 4 steps"),
     ("DISTILL --adversarial", "the second stage starts from a student"),
     ("DISTILL --from GOOD/student.pt", "the second stage starts from a student"),
+    ("DISTILL --adversarial --from GOOD/student.pt --preset points", "there is no second stage for points"),
     ("DISTILL --level 0.2", "--level is for the second stage"),
     ("DISTILL --adversarial --from GOOD/student.pt --history-layers 3", "--history-layers is for the first stage"),
     ("DISTILL --adversarial --from GOOD/teacher.pt", "holds a teacher, and a student is needed"),

@@ -94,6 +94,9 @@ def test_the_heads_learn_to_tell_two_kinds_of_images_apart():
 
 # ---- the stage ------------------------------------------------------------------------------------------------------
 
+LEARNED = dict(training=dict(iterations=1), teacher="-", classes=list("abcde"))
+
+
 class Images(data.Dataset):
     def __init__(self):
         super().__init__(torch.arange(12 * 192).reshape(12, 3, 8, 8).remainder(251).to(torch.uint8).numpy(),
@@ -103,9 +106,18 @@ class Images(data.Dataset):
 def run(out, **changes):
     student, about = student_of(random_dit(), history_layers=2)
     student.requires_grad_(False)
-    about |= dict(training=dict(iterations=1))
+    about |= LEARNED
     return refine(student, about, random_dit(), FewTrajectories(), Images(), SETTINGS | changes, out,
                   torch.device("cpu"))
+
+
+def test_what_does_not_belong_to_the_student_is_refused(tmp_path):
+    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "not the trajectories")):
+        student, about = student_of(random_dit(), history_layers=2)
+        with pytest.raises(Fault, match=words):
+            refine(student, about | LEARNED | wrong, random_dit(), FewTrajectories(), Images(), SETTINGS,
+                   tmp_path / "no.pt", torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("judged", ["own", "forced"])
@@ -160,7 +172,7 @@ def test_the_stage_goes_on_where_it_was_stopped(tmp_path):
             return super().batch(indices)
 
     student, about = student_of(random_dit(), history_layers=2)
-    about |= dict(training=dict(iterations=1))
+    about |= LEARNED
     arguments = random_dit(), PowerCut(), Images(), SETTINGS, tmp_path / "cut.pt", torch.device("cpu")
     with pytest.MonkeyPatch.context() as patch:
         original = distill.train
@@ -177,6 +189,12 @@ def test_the_stage_goes_on_where_it_was_stopped(tmp_path):
 def test_a_lost_game_ends(tmp_path, monkeypatch):
     with pytest.raises(Fault, match="not finite"):
         run(tmp_path / "nan.pt", lr=float("inf"))
+    rows, said = [(50 * i, 0, 0, 0, 0, 0, 1.0) for i in range(1, 12)], []  # the heads are right, always
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "train", lambda *args, verdict, **more: (None, said.append(verdict(rows))))
+        run(tmp_path / "lost.pt")
+        run(tmp_path / "alone.pt", alone=600)  # but the student does not play yet
+    assert said[0].startswith("the heads are always right") and said[1] is None
     monkeypatch.setattr(distill, "balance", lambda *args: torch.tensor(1e4))
     with pytest.raises(Fault, match="λ is at its bound"):
         run(tmp_path / "bound.pt", alone=0)
