@@ -3,12 +3,14 @@ resuming, several processes.
 
 The rules that the rest of the project relies on:
 
-  - A checkpoint is one file: {"about", "ema", "model", "optimiser", "step", "losses", "partial"}. `about` is a plain
-    dict that says what the file is and how it came to be; it must agree before a run is continued. A file is written
-    aside and renamed, so it is whole or it is not there. It loads with `weights_only=True`.
+  - A checkpoint is one file: {"about", "ema", "model", "optimiser", "step", "losses", "partial"}, and of a rival
+    {"rival_model", "rival_optimiser"}. `about` is a plain dict that says what the file is and how it came to be; it
+    must agree before a run is continued. A file is written aside and renamed, so it is whole or it is not there. It
+    loads with `weights_only=True`.
   - A batch is a function of (seed, step), so a run that was interrupted and started again takes the very same steps.
   - Under `torchrun`, the processes share each batch, rank 0 alone prints and writes checkpoints, and the losses are
-    those of one process with the same batch. A run may continue with another number of processes.
+    those of one process with the same batch, where a loss is a mean over it. A run may continue with another number
+    of processes.
   - The user's mistakes are `Fault`s: one line, exit status 1, no traceback. Ctrl-C finishes the step, saves, and
     exits with 130.
 """
