@@ -14,6 +14,7 @@ every row has its control:
     guidance          of the teacher, whose trajectories are written anew
     count             trajectories
     iterations        the length of training; the longest also has more trajectories
+    refine            the second stage (refine.py). Here the control is the same stage without a judge
 
     python ablation.py                                    every row once, for shapes: some hours on a CPU
     python ablation.py --factors centre --seeds 3         three seeds of some
@@ -34,17 +35,20 @@ import data
 from distill import distill, make_student, student_flags
 from evaluate import Judge, exposure_bias
 from model import HISTORIES
-from presets import COMMON, STUDENTS, TEACHERS
+from presets import COMMON, REFINERS, STUDENTS, TEACHERS
+from refine import refine
 from sample import HELD_OUT, few_step, table
-from teacher import find_teacher, solve, write_trajectories
+from teacher import find_teacher, load_network, solve, write_trajectories
 from training import (Fault, command, difference, fingerprint, machine_flags, make_folder, part_flag, pick_device,
                       positive, save_json, writable)
 
 KINDS = (("states", "direction"), ("states", "state"), ("clean", "state"))
+GAMES = ({}, dict(judged="forced"), dict(level=0.0), dict(level=0.2), dict(hidden=128))  # changes to its preset
 
 
 def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
-    """{factor: its settings, each a change to the centre}. `depth`: the layers of the network."""
+    """{factor: its settings, each a change to the centre}. `depth`: the layers of the network. The setting `refine` is
+    itself one of changes, to the settings of the second stage."""
     count, length, guidance = (centre[key] for key in ("count", "iterations", "guidance"))
     return {
         "centre": [{}],
@@ -56,9 +60,10 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
         "step_heads": [dict(step_heads=heads) for heads in (False, True)],
         "own": [dict(own=share) for share in (0.0, 0.5)],
         "guidance": [dict(guidance=strength) for strength in (guidance, 2 * guidance)],
-        "count": [dict(count=number) for number in (max(1, count // 4), count, 4 * count)],
+        "count": [dict(count=number) for number in (max(1, count // 4), count, 2 * count)],
         "iterations": [dict(iterations=max(1, length // 4)), dict(iterations=length),
                        dict(iterations=2 * length, count=2 * count)],
+        "refine": [dict(refine=change) for change in GAMES],
     }
 
 
@@ -67,23 +72,32 @@ class Bench:
     student differs from the preset's, so that students of several centres share the folder."""
 
     def __init__(self, preset: dict, centre: dict, teacher, about: dict, trajectories: Path, folder: Path, device,
-                 images: int):
-        self.preset, self.centre, self.teacher, self.about = preset, centre, teacher, about
+                 images: int, game: dict | None = None):
+        self.preset, self.centre, self.teacher, self.about, self.game = preset, centre, teacher, about, game
         self.trajectories, self.folder = trajectories, folder
         self.device, self.images, self.judges = device, images, {}
         # What all the results in the folder have in common.
-        self.basis = dict(teacher=fingerprint(teacher.state_dict()), images=images, preset=preset)
+        self.common = dict(teacher=fingerprint(teacher.state_dict()), images=images, preset=preset)
+
+    def basis(self, student: dict) -> dict:
+        return self.common | (dict(game=self.game) if "refine" in student else {})
 
     def both(self, change: dict) -> tuple[dict, dict]:
-        """The two students of a row, without and with history; the same one where there is no history to read."""
+        """The two students of a row, without and with history; the same one where there is no history to read. Of the
+        second stage: without and with a judge."""
         student = self.centre | change
+        if "refine" in change:
+            return student | dict(refine=dict(strength=0.0)), student
         without = student | dict(history_layers=0, history=self.preset["history"])
         blind = student["steps"] == 1 or student["history"] == "none" or student["history_layers"] == 0
         return without, without if blind else student
 
     def name(self, student: dict) -> str:
-        return ",".join(f"{key}={value}" for key, value in student.items()
-                        if value != self.preset[key] and key != "compile") or "preset"
+        words = [f"{key}={value}" for key, value in student.items()
+                 if key not in ("compile", "refine") and value != self.preset[key]]
+        if "refine" in student:
+            words += ["refined", *(f"{key}={value}" for key, value in student["refine"].items())]
+        return ",".join(words) or "preset"
 
     def file(self, student: dict, seed: int) -> Path:
         return self.folder / self.name(student) / f"{seed}.json"
@@ -93,7 +107,7 @@ class Bench:
         if guidance not in self.judges:
             about = self.about | dict(guidance=guidance)
             x_T, y = (tensor.to(self.device) for tensor in data.noise_and_labels(about, HELD_OUT, range(256)))
-            cache = self.folder / f"teacher,{self.basis['teacher']},guidance={guidance},images={self.images}.pt"
+            cache = self.folder / f"teacher,{self.common['teacher']},guidance={guidance},images={self.images}.pt"
             judge = Judge(self.teacher, about, self.images, self.device, cache=cache)
             self.judges[guidance] = judge, x_T, y, solve(self.teacher, about, x_T, y)[1]
         return self.judges[guidance]
@@ -105,14 +119,24 @@ class Bench:
         if settings["guidance"] != self.preset["guidance"]:
             folder = self.folder / f"trajectories,guidance={settings['guidance']}"
         write_trajectories(self.teacher, about, folder, settings["count"], self.device, settings["bf16"])
-        trajectories = data.Trajectories(folder, self.basis["teacher"], settings["steps"], settings["trajectory"],
+        trajectories = data.Trajectories(folder, self.common["teacher"], settings["steps"], settings["trajectory"],
                                          settings["count"])
-        student, about = make_student(self.teacher, about, settings)
         out = self.file(settings, seed)
-        student, about, losses = distill(student, about, trajectories, settings, out.with_suffix(".pt"), self.device,
-                                         seed)
+        if "refine" in settings:
+            start = {key: value for key, value in settings.items() if key != "refine"}
+            if not self.file(start, seed).with_suffix(".pt").exists():
+                self.train(start, seed)
+            student, about = load_network(self.file(start, seed).with_suffix(".pt"), "student", self.device)
+            channels, size, _ = data.image_shape(about)
+            dataset = data.load(about["data"], size, channels, flip=self.game["flip"])
+            student, about, losses = refine(student, about, self.teacher, trajectories, dataset,
+                                            self.game | settings["refine"], out.with_suffix(".pt"), self.device, seed)
+        else:
+            student, about = make_student(self.teacher, about, settings)
+            student, about, losses = distill(student, about, trajectories, settings, out.with_suffix(".pt"),
+                                             self.device, seed)
         own, strange = (few_step(student, about, x_T, y, shuffle) for shuffle in (False, True))
-        save_json(out, dict(basis=self.basis, name=self.name(settings), seed=seed, calls=about["S"],
+        save_json(out, dict(basis=self.basis(settings), name=self.name(settings), seed=seed, calls=about["S"],
                             gmacs=student.macs(about["S"]) / 1e9,
                             **judge(lambda x_T, y: few_step(student, about, x_T, y), self.name(settings)),
                             shuffled=(strange[:, -1] - states[:, -1]).square().mean().item(),
@@ -122,8 +146,9 @@ class Bench:
         """What was found of a student, of every seed there is. Raises Fault where it stands on another basis."""
         rows = [json.loads(file.read_text()) for file in sorted(self.file(settings, 0).parent.glob("*.json"))]
         for row in rows:
-            if row["basis"] != self.basis:
-                raise Fault(f"{self.folder} holds results of another basis: {difference(row['basis'], self.basis)}. "
+            if row["basis"] != self.basis(settings):
+                different = difference(row["basis"], self.basis(settings))
+                raise Fault(f"{self.folder} holds results of another basis: {different}. "
                             "Choose another --out")
         return rows
 
@@ -141,6 +166,11 @@ class Bench:
 
 MEASURES = {"error": ".6f", "frechet": ".3f", "above": ".4f", "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
 COLUMNS = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
+
+
+def words(value) -> str:
+    """A setting in words; of several, {"level": 0.2, …}."""
+    return " ".join(f"{key} {x}" for key, x in value.items()) if isinstance(value, dict) else str(value)
 
 
 def spread(values: list[float], form: str) -> str:
@@ -166,7 +196,7 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
     for factor, changes in rows.items():
         for change in changes:
             pair = {bench.name(student): bench.results(student) for student in bench.both(change)}
-            value = ", ".join(f"N = {x}" if key == "history_layers" else str(x) for key, x in change.items())
+            value = ", ".join(f"N = {x}" if key == "history_layers" else words(x) for key, x in change.items())
             if all(pair.values()) and list(pair) not in [other["pair"] for other in found.get(factor, [])]:
                 students |= pair
                 found.setdefault(factor, []).append(dict(value=value, pair=list(pair)))
@@ -186,7 +216,8 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                     control = students[value["pair"][0]]
                     line["shuffled"] = spread([run["shuffled"] for run in runs], ".6f")
                     line |= {f"{key} ratio": ratio(control, runs, key) for key in ("error", "above")}
-                lines[f"{factor} {value['value']}".strip() + ", N = 0" * (which == 0)] = line
+                control = ", λ = 0" if factor == "refine" else ", N = 0"
+                lines[f"{factor} {value['value']}".strip() + control * (which == 0)] = line
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
           "shuffled: the error of 256 samples with another's history; ratios: how many times larger without history\n")
@@ -201,7 +232,8 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
 
 
 def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Path):
-    """A column for each factor: error and distance above the teacher's, without and with history; a dot is a seed."""
+    """A column for each factor: error and distance above the teacher's, of each row and of its control (without
+    history; in the second stage, without a judge); a dot is a seed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -209,7 +241,7 @@ def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Pat
     page, axes = plt.subplots(2, len(found), figsize=(1.2 + 2.1 * len(found), 5.6), squeeze=False, sharey="row")
     for column, (factor, values) in zip(axes.T, found.items(), strict=True):
         for axis, measure in zip(column, ("error", "above"), strict=True):
-            for which, name in enumerate(("without history", "with history")):
+            for which, name in enumerate(("control", "as named")):
                 runs = [[run[measure] for run in students[value["pair"][-1 if which else 0]]] for value in values]
                 axis.plot(range(len(runs)), [mean(seeds) for seeds in runs], color=f"C{which}", label=name)
                 for x, seeds in enumerate(runs):
@@ -252,10 +284,13 @@ def main():
     preset |= {key: value for key, value in (data.read_meta(runs / "trajectories") or {}).items() if key == "guidance"}
     centre = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
     rows = factors(centre, len(teacher.blocks))
+    if args.preset not in REFINERS:
+        rows.pop("refine")
     chosen = list(rows) if args.factors is None else args.factors
     if unknown := set(chosen) - set(rows):
         raise Fault(f"no factor {unknown.pop()!r}: choose from {', '.join(rows)}")
-    bench = Bench(preset, centre, teacher, about, runs / "trajectories", out, device, args.images)
+    game = COMMON | REFINERS.get(args.preset, {}) | dict(flip=TEACHERS[args.preset]["flip"])
+    bench = Bench(preset, centre, teacher, about, runs / "trajectories", out, device, args.images, game)
     wanted = {bench.name(one): one for factor in chosen for change in rows[factor] for one in bench.both(change)}
     for student in wanted.values():
         bench.results(student)  # which may be another's

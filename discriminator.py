@@ -11,7 +11,7 @@ The hinge losses of the two players (1705.02894), with D the logits:
     the heads'      mean max(0, 1 − D(real)) + mean max(0, 1 + D(generated))
     the student's   − mean D(generated)
 
-Used by distill.py --adversarial. The heads follow the authors' recipe (in turn that of StyleGAN-T, 2301.09515), but are
+Used by refine.py. The heads follow the authors' recipe (in turn that of StyleGAN-T, 2301.09515), but are
 narrower: at width 1152 theirs have half the teacher's weights.
 """
 
@@ -21,13 +21,16 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from training import averaged
+
+GROUP = 8  # images that a head compares
 MOST = 1e4  # bound of the adaptive weight
 
 
-def local_batch_norm(x, group: int = 8):
-    """Tokens (b, n, d), normalised for each channel over `group` samples at a time and all of their tokens: a head
+def local_batch_norm(x):
+    """Tokens (b, n, d), normalised for each channel over GROUP samples at a time and all of their tokens: a head
     compares the images of a group, and what it sees does not depend on the size of the batch."""
-    groups = [rearrange(part, "b n d -> (b n) d") for part in x.float().split(group)]
+    groups = [rearrange(part, "b n d -> (b n) d") for part in x.float().split(GROUP)]
     return torch.cat([F.batch_norm(part, None, None, training=True) for part in groups]).view_as(x)
 
 
@@ -79,23 +82,6 @@ def student_loss(generated):
 
 def balance(copying, judged, weight, strength: float):
     """The adaptive weight λ of VQGAN (2012.09841): `strength` times the ratio of the gradients that the two losses have
-    at the last layer's `weight`, so that neither drowns the other."""
-    norms = [torch.autograd.grad(loss, weight, retain_graph=True)[0].norm() for loss in (copying, judged)]
+    at the last layer's `weight`, so that neither drowns the other. Of several processes, the gradients' means."""
+    norms = [averaged(torch.autograd.grad(loss, weight, retain_graph=True)[0]).norm() for loss in (copying, judged)]
     return (strength * norms[0] / (norms[1] + 1e-8)).clamp(max=MOST).detach()
-
-
-def draw(losses, out):
-    """A figure of the game: rows (step, total, copying, judged, λ, heads' loss, their accuracy) as curves."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = ("copying loss", "judged: −D(generated)", "adaptive weight λ", "heads' loss", "heads' accuracy")
-    step, _, *columns = zip(*losses, strict=True)
-    page, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 2.8))
-    for axis, name, values in zip(axes, names, columns, strict=True):
-        axis.plot(step, values)
-        axis.set(title=name, xlabel="step")
-    page.tight_layout()
-    page.savefig(out, dpi=110)
-    plt.close(page)

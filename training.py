@@ -198,6 +198,14 @@ def everywhere(values, device, op="SUM") -> list[float]:
     return values.tolist()
 
 
+def averaged(tensor):
+    """A tensor's mean over the processes, in its place."""
+    if world() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world()
+    return tensor
+
+
 def wait_for_all():
     if world() > 1:
         dist.barrier()
@@ -386,7 +394,7 @@ def micro_batches(tensors, parts: int) -> list[tuple]:
     if len(tensors[0]) % (world() * parts):
         raise Fault(f"a batch of {len(tensors[0])} cannot be shared by {world()} processes in {parts} parts each: "
                     "choose another --batch or --accumulate")
-    return list(zip(*(tensor[rank()::world()].chunk(parts) for tensor in tensors), strict=True))
+    return list(zip(*(tensor.chunk(world())[rank()].chunk(parts) for tensor in tensors), strict=True))
 
 
 class Player:

@@ -10,7 +10,7 @@ import pytest
 import ablation
 from ablation import Bench, factors, ratio, spread
 from model import DiT, size
-from presets import COMMON, STUDENTS, TEACHERS
+from presets import COMMON, REFINERS, STUDENTS, TEACHERS
 from training import Fault, export
 
 CONFIG = dict(image_size=1, channels=2, classes=3, **size("N/1"))
@@ -28,7 +28,9 @@ def test_a_row_and_its_control():
                           (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
                           (dict(step_heads=False), ("history_layers=0", "preset")),  # the centre itself
                           (dict(history="none"), ("history_layers=0",) * 2),
-                          (dict(steps=1), ("steps=1,history_layers=0",) * 2)):  # one step has no history
+                          (dict(steps=1), ("steps=1,history_layers=0",) * 2),  # one step has no history
+                          (dict(refine={}), ("refined,strength=0.0", "refined")),  # the second stage without a judge
+                          (dict(refine=dict(level=0.2)), ("refined,strength=0.0", "refined,level=0.2"))):
         assert tuple(map(bench.name, bench.both(change))) == names
     moved = bench_of("shapes", history="anchor", trajectory="clean")
     assert tuple(map(moved.name, moved.both({}))) == ("history_layers=0,trajectory=clean",
@@ -38,7 +40,9 @@ def test_a_row_and_its_control():
 @pytest.mark.parametrize("preset", ["points", "shapes"])
 def test_every_factor_has_the_centre_in_it(preset):
     bench = bench_of(preset)
-    for factor, changes in factors(bench.centre, depth=6).items():
+    rows = factors(bench.centre, depth=6)
+    assert {key for change in rows.pop("refine") for key in change["refine"]} < REFINERS["shapes"].keys()
+    for factor, changes in rows.items():
         assert all(key in bench.centre for change in changes for key in change), factor
         assert "preset" in [bench.name(bench.both(change)[1]) for change in changes], factor
 

@@ -15,13 +15,14 @@ from PIL import Image
 
 import data
 import distill
+import refine
 import sample
 import teacher
 from model import DiT, size
 from training import Fault, export
 
 ROOT = Path(teacher.__file__).resolve().parent
-SCRIPTS = {"teacher.py": teacher, "distill.py": distill, "sample.py": sample}
+SCRIPTS = {"teacher.py": teacher, "distill.py": distill, "refine.py": refine, "sample.py": sample}
 
 
 def make_teacher(path: Path, seed: int):
@@ -48,6 +49,8 @@ def distilling(folder: Path) -> str:
 
 def fill_in(command: str, folder: Path) -> str:
     command = command.replace("DISTILL", distilling(folder)).replace("TEACHER", "teacher.py --iterations 2")
+    command = command.replace("REFINE", "refine.py --teacher GOOD/teacher.pt --trajectories GOOD/trajectories "
+                              "--count 8 --from GOOD/student.pt --out GOOD/empty")
     return command.replace("GOOD", str(folder))
 
 
@@ -110,12 +113,10 @@ BAD = [
     ("DISTILL --output direction --trajectory clean", "use --output state, or --trajectory states"),
     ("DISTILL --history-layers 99", "history_layers is 99: the model has 6 layers"),
     ("DISTILL --told 999 500", "--told has 2 times, and the student takes 4 steps"),
-    ("DISTILL --adversarial", "the second stage starts from a student"),
-    ("DISTILL --from GOOD/student.pt", "the second stage starts from a student"),
-    ("DISTILL --adversarial --from GOOD/student.pt --preset points", "there is no second stage for points"),
-    ("DISTILL --level 0.2", "--level is for the second stage"),
-    ("DISTILL --adversarial --from GOOD/student.pt --history-layers 3", "--history-layers is for the first stage"),
-    ("DISTILL --adversarial --from GOOD/teacher.pt", "holds a teacher, and a student is needed"),
+    ("REFINE --from GOOD/none.pt", "no such checkpoint: GOOD/none.pt"),
+    ("REFINE --from GOOD/teacher.pt", "holds a teacher, and a student is needed"),
+    ("REFINE --compile", "--compile is for the first stage"),
+    ("REFINE --batch 6", "a batch of 6, in 1 × 1 parts, is not made of groups of 8"),
     ("DISTILL --teacher GOOD/none.pt", "no teacher at GOOD/none.pt"),
     ("DISTILL --teacher GOOD/student.pt", "holds a student, and a teacher is needed"),
     ("DISTILL --teacher GOOD/other.pt", "GOOD/trajectories holds other trajectories or latents: teacher is"),

@@ -1,0 +1,190 @@
+"""The second stage: a student that has learned to copy its teacher goes on, and real images judge it, too.
+
+A student that copies can be no better than its teacher. The paper's "R + G" (Sec. 4) fine-tunes it with two losses: to
+copy, as before (R), and to be taken for real by a discriminator (G), which learns meanwhile to tell its images from
+those of the data set (discriminator.py). Two players, a step each in turn:
+
+    the student    ‖ x̂_{τ_{s-1}} − x_{τ_{s-1}} ‖² over the S steps, plus λ · student_loss(D(x̂_0))
+    the heads      heads_loss(D(real), D(x̂_0))
+
+λ is such that at the last layer neither gradient drowns the other (VQGAN's adaptive weight), and 0 at first, while the
+heads learn alone.
+
+    python distill.py                                      the student of the first stage: runs/shapes/student.pt
+    python refine.py                                       fine-tune it, into runs/shapes-refined/
+    python refine.py --strength 0 --out runs/control       the same iterations without a judge
+    python evaluate.py runs/shapes runs/shapes-refined runs/control
+
+A run leaves student.pt, samples.png, game.png and result.json in its folder, --out. Started again, it continues.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from discriminator import GROUP, MOST, Discriminator, balance, heads_loss, student_loss
+from distill import find_trajectories, own_history, predict, report
+from presets import REFINERS, TEACHERS, choose
+from teacher import PATHS, find_teacher, load_network, over
+from training import (Fault, Player, command, export, fingerprint, make_folder, pick_device, positive, precision, rank,
+                      recompute, share, strength, train, training_flags, whole, world,
+                      writable)
+
+
+def players(student, about: dict, discriminator, game: dict):
+    """The losses of the two, as functions for training.Player: the student's, (model, *batch) -> total, copying,
+    judged, λ; and the heads', (model, *batch) -> loss, the share of logits with the right sign. A batch: x (b, S + 1,
+    c, h, w) and y (b,), a teacher's trajectories; as many real images and their labels; noise for generated and for
+    real ones; and (b,) whether the student plays already.
+
+    The history from which the judged image comes is, by game["judged"], the teacher's ("forced"), as in the first
+    stage, or the student's "own", as when it samples: then it also learns to copy from there."""
+    path = PATHS[about["path"]]
+    t = torch.tensor(game["level"] * path.T)
+    t = t if path.T == 1 else t.round()
+    last = getattr(student, student.head_names[-1]).linear.weight
+    generated = []  # images that were judged, for the heads to learn from
+
+    def look(discriminator, images, noise, y):
+        when = t.to(images.device)
+        x = over(path.alpha(when), images) * images + over(path.sigma(when), images) * noise
+        return discriminator(x, path.told(when), y)
+
+    def student_plays(model, x, y, real, labels, noise, other_noise, playing):
+        history = x[:, :-1] if game["judged"] == "forced" else own_history(model, about, x[:, 0], y)
+        prediction = predict(model, about, history, y)
+        copying, image = (prediction - x[:, 1:]).square().mean(), prediction[:, -1]
+        discriminator.requires_grad_(False)
+        leaf = image.detach().requires_grad_()
+        judged = student_loss(look(discriminator, leaf, noise, y))
+        pull = (image * torch.autograd.grad(judged, leaf)[0]).sum()  # has judged's gradients; the discriminator is done
+        weight = playing[0] * balance(copying, pull, last, game["strength"])
+        generated.append(image.detach())
+        return copying + weight * (pull - pull.detach() + judged.detach()), copying, judged, weight
+
+    def heads_play(model, x, y, real, labels, noise, other_noise, playing):
+        discriminator.requires_grad_(True)
+        images = torch.cat([real, generated.pop(0)])
+        logits = look(model, images, torch.cat([other_noise, noise]), torch.cat([labels, y]))
+        of_real, of_generated = logits.chunk(2)
+        right = ((of_real > 0).float().mean() + (of_generated < 0).float().mean()) / 2
+        return heads_loss(of_real, of_generated), right
+
+    return student_plays, heads_play
+
+
+def refine(student, about: dict, teacher, trajectories: data.Trajectories, dataset: data.Dataset, preset: dict,
+           out: Path, device, seed=0):
+    """Fine-tune a student into the file `out`; returns (model, about, losses), the losses as [(step, total, copying,
+    judged, λ, heads', their accuracy), …]. Continues what is there. Raises Fault where data or trajectories are not the
+    student's, and when a player has lost."""
+    fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
+    how = {key: preset[key] for key in ("bf16", "accumulate", "schedule")}
+    game = {key: preset[key] for key in ("judged", "level", "strength", "alone", "heads_lr", "hidden")}
+    if dataset.classes != about["classes"] or list(dataset.shape) != data.image_shape(about):
+        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
+    if fit["batch"] % (GROUP * world() * preset["accumulate"]):
+        raise Fault(f"a batch of {fit['batch']}, in {world()} × {preset['accumulate']} parts, is not made of "
+                    f"groups of {GROUP}, which the heads compare: choose another --batch or --accumulate")
+    meta = trajectories.meta
+    if (meta["teacher"], meta["guidance"], trajectories.times) != (about["teacher"], about["guidance"], about["times"]):
+        raise Fault("these are not the trajectories that the student has learned: name them with --trajectories")
+    about = about | dict(refined=dict(**fit, **game, seed=seed, start=fingerprint(student.state_dict()),
+                                      images=len(dataset), count=len(trajectories), noise=meta["seed"]))
+    torch.manual_seed(seed)
+    discriminator = Discriminator(teacher, game["hidden"]).to(device)
+    student.to(device).requires_grad_(True).checkpointing = recompute(preset, student, about["S"] + 1, device)
+    student.pos_embed.requires_grad_(False)
+    student_plays, heads_play = players(student, about, discriminator, game)
+
+    def batch_of(step):
+        rng = data.stream(seed, step)
+        x, y = trajectories.batch(rng.integers(len(trajectories), size=fit["batch"]))
+        real, labels = dataset.draw(fit["batch"], rng)
+        noise = torch.from_numpy(rng.standard_normal((2, *real.shape), dtype=np.float32))
+        return x, y, real, labels, *noise, torch.full_like(y, step >= game["alone"])
+
+    def verdict(losses):
+        recent = [row[-1] for row in losses if row[0] > game["alone"]][-10:]
+        if len(recent) == 10 and min(recent) > 0.99:
+            return "the heads are always right, and teach nothing: try more noise (--level), or a lower --heads-lr"
+        if losses[-1][4] >= 0.9 * MOST:
+            return "the weight λ is at its bound, since the heads' gradient vanishes: try a lower --heads-lr"
+
+    print(f"fine-tuning with {len(discriminator.heads)} heads "
+          f"({sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters), "
+          f"{fit['iterations']:,} iterations of {fit['batch']} on {device} in {precision(device, preset['bf16'])}, "
+          f"into {out}; shown: total, copying, judged, λ, heads' loss, their accuracy")
+    student, losses = train("student and heads", student, batch_of, student_plays, out, about, **fit,
+                            warmup=fit["iterations"] // 20, **how, verdict=verdict,
+                            rival=Player(discriminator, heads_play, game["heads_lr"]))
+    return student, about, losses
+
+
+def draw(losses, out: Path):
+    """game.png: rows (step, total, copying, judged, λ, heads' loss, their accuracy) as curves."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ("copying loss", "judged: −D(generated)", "adaptive weight λ", "heads' loss", "heads' accuracy")
+    step, _, *columns = zip(*losses, strict=True)
+    page, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 2.8))
+    for axis, name, values in zip(axes, names, columns, strict=True):
+        axis.plot(step, values)
+        axis.set(title=name, xlabel="step")
+    page.tight_layout()
+    page.savefig(writable(out), dpi=110)
+    plt.close(page)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=REFINERS, default="shapes", help="sets everything; flags override it (default: shapes)")
+    add("--from", type=Path, dest="start", metavar="FILE", help="the student (default: runs/PRESET/student.pt)")
+    add("--out", type=Path, help="folder for the results (default: runs/PRESET-refined)")
+    add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
+    add("--trajectories", type=Path, help="folder, written if need be (default: runs/PRESET/trajectories)")
+    add("--count", type=positive, help="trajectories to train on")
+    add("--data", help="the real images, if they are no longer where the teacher saw them")
+    add("--judged", choices=("own", "forced"), help="judge what comes of the student's own history, or the teacher's")
+    add("--level", type=share, help="the noise under which images are judged, as a share of all time")
+    add("--strength", type=strength, help="of the heads' gradient, in units of the copying loss's; 0: no judge")
+    add("--alone", type=whole, help="steps at first in which the student only copies, and the heads learn")
+    add("--heads-lr", type=strength, help="the heads' learning rate")
+    add("--hidden", type=positive, help="the heads' width")
+    training_flags(add)
+    args = parser.parse_args()
+
+    if args.compile:
+        raise Fault("--compile is for the first stage: λ needs the graph of a step twice")
+    preset, device, runs = choose(REFINERS, args), pick_device(args.device), Path("runs") / args.preset
+    out = make_folder(args.out or runs.with_name(f"{args.preset}-refined"))
+    if args.export:
+        writable(args.export)  # better refused before the work
+    began = time.time()
+    teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
+    student, about = load_network(args.start or runs / "student.pt", "student", device)
+    learned = preset | dict(steps=about["S"], trajectory=about["trajectory"])
+    trajectories = find_trajectories(teacher, teacher_about, args, learned, args.trajectories or runs / "trajectories",
+                                     device)
+    dataset = data.load(args.data or about["data"], about["model"]["image_size"], about["model"]["channels"],
+                        flip=TEACHERS[args.preset]["flip"])
+    student, about, losses = refine(student, about, teacher, trajectories, dataset, preset, out / "student.pt", device,
+                                    args.seed)
+    if rank() > 0:
+        return
+    if args.export:
+        export(args.export, about, student.state_dict())
+    draw(losses, out / "game.png")
+    print(f"wrote {out}/game.png: the two players' losses")
+    report(teacher, teacher_about, student, about, losses, out, device, args.bf16, began)
+
+
+if __name__ == "__main__":
+    command(main)
