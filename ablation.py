@@ -15,6 +15,7 @@ every row has its control:
     count             trajectories
     iterations        the length of training; the longest also has more trajectories
     refine            the second stage (refine.py). Here the control is the same stage without a judge
+    judging           which prediction is judged in it, under how much noise, by how wide heads
 
     python ablation.py                                    every row once, for shapes: some hours on a CPU
     python ablation.py --factors centre --seeds 3         three seeds of some
@@ -43,7 +44,9 @@ from training import (Fault, command, difference, fingerprint, machine_flags, ma
                       positive, save_json, writable)
 
 KINDS = (("states", "direction"), ("states", "state"), ("clean", "state"))
-GAMES = ({}, dict(judged="forced"), dict(level=0.0), dict(level=0.2), dict(hidden=128))  # changes to its preset
+GAMES = (dict(judged="forced"), dict(level=0.0), dict(level=0.2), dict(hidden=128))  # changes to the second stage
+
+SECOND = ("refine", "judging")  # factors of the second stage
 
 
 def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
@@ -63,7 +66,8 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
         "count": [dict(count=number) for number in (max(1, count // 4), count, 2 * count)],
         "iterations": [dict(iterations=max(1, length // 4)), dict(iterations=length),
                        dict(iterations=2 * length, count=2 * count)],
-        "refine": [dict(refine=change) for change in GAMES],
+        "refine": [dict(refine={})],
+        "judging": [dict(refine=change) for change in ({}, *GAMES)],
     }
 
 
@@ -216,7 +220,7 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                     control = students[value["pair"][0]]
                     line["shuffled"] = spread([run["shuffled"] for run in runs], ".6f")
                     line |= {f"{key} ratio": ratio(control, runs, key) for key in ("error", "above")}
-                control = ", λ = 0" if factor == "refine" else ", N = 0"
+                control = ", λ = 0" if factor in SECOND else ", N = 0"
                 lines[f"{factor} {value['value']}".strip() + control * (which == 0)] = line
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
@@ -285,7 +289,7 @@ def main():
     centre = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
     rows = factors(centre, len(teacher.blocks))
     if args.preset not in REFINERS:
-        rows.pop("refine")
+        rows = {factor: changes for factor, changes in rows.items() if factor not in SECOND}
     chosen = list(rows) if args.factors is None else args.factors
     if unknown := set(chosen) - set(rows):
         raise Fault(f"no factor {unknown.pop()!r}: choose from {', '.join(rows)}")

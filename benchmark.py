@@ -8,6 +8,7 @@ ratio are measured in turn, in one run; what is reported is the median.
     python benchmark.py                                          DiT-S/2 on a CPU, float32, or DiT-XL/2 on a GPU
     python benchmark.py --size B/2 --batch 32 --out runs/b2      another network
     python benchmark.py --bill                                   GPU hours, memory and disk, from the measured rates
+    python benchmark.py --bill 100                               the same at 100 TFLOP/s; nothing is measured
 
 Everything is written to benchmark.json in --out as it is measured; started again, it measures only what is missing.
 """
@@ -25,12 +26,15 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
+from discriminator import GROUP, Discriminator, Head
 from model import DiT, modulate, size
+from presets import REFINERS
 from public import MARKS, ODE, TIMES, TOLD
+from refine import players
 from sample import few_step, table
 from teacher import advance, solve
-from training import (Fault, autocast, command, difference, fast_attention, make_folder, pick_device, positive,
-                      precision, save_json, synchronise, whole)
+from training import (Fault, Player, autocast, command, difference, fast_attention, make_folder, pick_device, positive,
+                      precision, save_json, strength, synchronise, whole)
 
 LATENT = dict(image_size=32, channels=4, classes=1000)  # of 256×256 images
 
@@ -175,6 +179,44 @@ def measure_training(name: str, N: int, batch: int, variants: dict[str, dict], d
                       tflops=2 * macs[row] / t / 1e12) for row, t in times.items()}
 
 
+def game_macs(model, heads: int, judged: str) -> int:
+    """Multiply-accumulates of a step of both players for one sample. `heads`: of all heads reading an image. Backward
+    costs two forward passes, or one, where only the image's gradient is wanted."""
+    student = (4 if judged == "own" else 3) * model.macs(4)  # the own history is made without gradient
+    return student + 2 * model.macs(1) + 2 * heads + 2 * (model.macs(1) + 3 * heads)
+
+
+def head_macs(head, model: DiT) -> int:
+    """Of heads like this one on all layers, reading an image: every token meets every weight, but for the
+    condition's."""
+    return len(model.blocks) * model.grid**2 * sum(layer.weight.numel() for layer in (head.enter, head.mix, head.leave))
+
+
+def measure_second_stage(name: str, N: int, batch: int, hidden: int, device, repeats: int, bf16: bool,
+                         checkpointing: bool) -> dict[str, dict]:
+    """Rows of a step of the second stage, of the student and of the heads, by which prediction is judged."""
+    model, teacher = network(name, N, device), network(name, 0, device)
+    model.checkpointing = checkpointing
+    discriminator = Discriminator(teacher, hidden).to(device)
+    about = dict(S=4, output="state", times=TIMES, told=TOLD, path=ODE["path"])
+    images, y = torch.randn(batch, 4, 32, 32, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    data = torch.randn(batch, 5, 4, 32, 32, device=device), y, images, y, images, images, torch.ones_like(y)
+    heads, jobs, macs = Player(discriminator, lambda *_: None, 1e-3), {}, {}
+    student = Player(model, lambda *_: None, 1e-4)
+
+    def step(losses):
+        for player, player.loss_of in zip((student, heads), losses, strict=True):
+            player.step([data], 1.0, 1.0, device, bf16)
+
+    for judged in ("own", "forced"):
+        losses = players(model, about, discriminator, dict(judged=judged, level=0.02, strength=1.0))
+        jobs[f"R + G, {judged}"] = partial(step, losses)
+        macs[f"R + G, {judged}"] = game_macs(model, head_macs(discriminator.heads[0], model), judged)
+    times = seconds(jobs, device, repeats)
+    return {row: dict(batch=batch, peak_gib=peak_gib(jobs[row], device), images=batch / t, ms=1000 * t / batch,
+                      tflops=2 * batch * macs[row] / t / 1e12) for row, t in times.items()}
+
+
 def measure_sampling(name: str, N: int, batch: int, device, repeats: int, bf16: bool) -> dict[str, dict]:
     """Rows of sampling: four steps with history, without it, by the dense reference; the teacher's 25, guided."""
     model = network(name, N, device)
@@ -198,35 +240,50 @@ def measure_sampling(name: str, N: int, batch: int, device, repeats: int, bf16: 
 
 # ---- 3. The bill ----------------------------------------------------------------------------------------------------
 
-def bill(rates: dict[str, dict], count: int, iterations: int, batch: int = 64) -> dict[str, dict]:
-    """What distilling costs, {network and pixels: {column: value}}, from rates measured for each network at 256
-    pixels, {"XL/2": {"training", "sampling"}} in TFLOP/s, taken to hold at other sizes of image. Hours are of that one
-    device, without recomputation (with it, a third more); GiB are for 16 images at a time, with it and without."""
-    rows = {}
+RECIPE = dict(count=1_280_000, iterations=300_000, refining=REFINERS["imagenet256"]["iterations"], batch=64)
+
+
+def bill(rates: dict[str, dict], count: int, iterations: int, refining: int, batch: int) -> dict[str, dict]:
+    """What distilling costs, {network and pixels: {column: value}}, from rates for each network in TFLOP/s, {"XL/2":
+    {"training", "sampling"}}, taken to hold at every size of image: `count` trajectories, `iterations` of a `batch`,
+    and `refining` of the second stage. Hours are of one device, without recomputation (with it, a third more); GiB, by
+    the count of stored activations, are for 16 images at a time, with it and without."""
+    rows, game = {}, REFINERS["imagenet256"]
     for name, rate in rates.items():
         for pixels in (256, 512, 1024, 4096, 8192):
             settings, latent = size(name), pixels // 8
             N = round(settings["depth"] * 6 / 28)  # the paper's share of the layers
             with torch.device("meta"):
                 model = DiT(**LATENT | dict(image_size=latent), **settings, learn_sigma=True, history_layers=N)
+                head = Head(model.width, game["hidden"])
             weights = 20 * sum(w.numel() for w in model.parameters())  # weight, gradient, AdamW's two, average
             one, four = 2 * model.macs(1) / 1e12, 2 * model.macs(4) / 1e12
+            two = 2 * game_macs(model, head_macs(head, model), game["judged"]) / 1e12
+            # Besides the student's there are the teacher's weights, the heads', and the activations of an image.
+            more = weights / 5 + 16 * len(model.blocks) * sum(w.numel() for w in head.parameters())
+            more += 16 * model.activation_bytes(1, True)
+            stored = 16 * model.activation_bytes(4, True, checkpointing=True)
             rows[f"DiT-{name} at {pixels}"] = {
                 "traj. h": count * 50 * one / rate["sampling"] / 3600,
                 "disk GB": count * 2 * (1 + len(MARKS)) * 4 * latent**2 / 1e9,
                 "distill h": iterations * batch * 3 * four / rate["training"] / 3600,
                 "GiB/16": (weights + 16 * model.activation_bytes(4, True)) / 2**30,
-                "recomputing": (weights + 16 * model.activation_bytes(4, True, checkpointing=True)) / 2**30,
+                "recomputing": (weights + stored) / 2**30,
+                "R + G h": refining * batch * two / rate["training"] / 3600,
+                "R + G GiB": (weights + stored + more) / 2**30,
                 "teacher ms": 1000 * 50 * one / rate["sampling"], "step ms": 1000 * 4 * one / rate["sampling"],
-                "ARD ms": 1000 * four / rate["sampling"], "ARD TFLOP": four, "history %": 100 * (four / (4 * one) - 1)}
+                "ARD ms": 1000 * four / rate["sampling"], "teacher TFLOP": 50 * one, "step TFLOP": 4 * one,
+                "ARD TFLOP": four, "history %": 100 * (four / (4 * one) - 1)}
     return rows
 
 
 # ---- 4. The program -------------------------------------------------------------------------------------------------
 
 COLUMNS = {"batch": "d", "images": ".2f", "ms": ".2f", "tflops": ".3f", "share": ".1%", "peak_gib": ".1f"}
-BILL = {"traj. h": ".1f", "disk GB": ".0f", "distill h": ".1f", "GiB/16": ".1f", "recomputing": ".1f",
-        "teacher ms": ".1f", "step ms": ".2f", "ARD ms": ".2f", "ARD TFLOP": ".3f", "history %": ".2f"}
+BILL = {"traj. h": ",.1f", "disk GB": ",.0f", "distill h": ",.1f", "GiB/16": ",.1f", "recomputing": ",.1f",
+        "R + G h": ",.1f", "R + G GiB": ",.1f", "teacher ms": ",.0f", "step ms": ",.1f", "ARD ms": ",.1f",
+        "teacher TFLOP": ",.2f", "step TFLOP": ",.3f", "ARD TFLOP": ",.3f", "history %": ".2f"}
+BILLED = ("S/2", "B/2", "L/2", "XL/2")
 
 
 def jobs_of(args, device) -> dict:
@@ -246,10 +303,14 @@ def jobs_of(args, device) -> dict:
             f"training, {args.size}": lambda: train(args.size, N, args.batch, variants),
             f"sampling, {args.size}": lambda: measure_sampling(args.size, N, args.sample_batch, device, args.repeats,
                                                                low)}
+    stage = partial(measure_second_stage, args.size, N, GROUP * -(-args.batch // GROUP), args.hidden, device,
+                    args.repeats, low)
+    jobs[f"second stage, {args.size}"] = lambda: stage(False)
+    jobs[f"second stage, {args.size}, recomputing"] = lambda: stage(True)
     if cuda:
         jobs[f"training, {args.size}, large batch"] = lambda: train(args.size, N, 64, {"ours": ours})
-    if args.bill:
-        for name in ("S/2", "B/2", "L/2", "XL/2"):
+    if args.bill is not None:
+        for name in BILLED:
             layers = round(size(name)["depth"] * 6 / 28)
             jobs[f"rates, {name}"] = lambda name=name, layers=layers: {
                 "training": train(name, layers, args.batch, {"": ours})[""],
@@ -265,11 +326,23 @@ def main():
     add("--sample-batch", type=positive, help="images sampled at a time (default: 4; on a GPU: 32)")
     add("--history-layers", type=whole, help="lowest layers that read the history (default: 2; on a GPU: 6)")
     add("--repeats", type=positive, default=7, help="measurements of each, of which the median is taken (default: 7)")
-    add("--bill", action="store_true", help="also measure all four sizes and compute what distilling with them costs")
-    add("--count", type=positive, default=1_280_000, help="of trajectories, for the bill (default: 1,280,000)")
+    add("--hidden", type=positive, default=REFINERS["imagenet256"]["hidden"],
+        help="width of the second stage's heads (default: the preset imagenet256's)")
+    add("--bill", nargs="?", type=strength, const=0.0, metavar="TFLOPS", help="also measure all four sizes and compute "
+        "what distilling with them costs; or, with a rate in TFLOP/s, compute that alone")
+    add("--count", type=positive, default=RECIPE["count"], help="of trajectories, for the bill (default: 1,280,000)")
     add("--out", type=Path, default=Path("runs/benchmark"), help="folder for benchmark.json (default: runs/benchmark)")
     add("--device", default="auto", help="auto, cuda or cpu (default: auto)")
     args = parser.parse_args()
+    recipe = RECIPE | dict(count=args.count)
+    head = ("{count:,} trajectories, {iterations:,} iterations of {batch}, {refining:,} of the second stage, on one "
+            "device".format(**recipe))
+    if args.bill:
+        rows = bill(dict.fromkeys(BILLED, dict(training=args.bill, sampling=args.bill)), **recipe)
+        print(f"{head} that does {args.bill:g} TFLOP/s", table(rows, BILL), sep="\n")
+        save_json(make_folder(args.out) / "bill.json", dict(tflops=args.bill, **recipe, rows=rows))
+        print(f"wrote {args.out / 'bill.json'}")
+        return
     device = pick_device(args.device)
     defaults = dict(size=("S/2", "XL/2"), batch=(4, 16), sample_batch=(4, 32), history_layers=(2, 6))
     for key, values in defaults.items():
@@ -301,13 +374,12 @@ def main():
             over = rows["ours"]["ms"] / rows["ours, N = 0"]["ms"] - 1
             print(f"ours: {ratio:.2f} times the images a second of the dense reference in torch.float32 "
                   f"(TF32 on CUDA); history takes {over:.2%} more time than none")
-    if args.bill:
+    if args.bill is not None:
         rates = {title.removeprefix("rates, "): {kind: row["tflops"] for kind, row in rows.items()}
                  for title, rows in results.items() if title.startswith("rates, ")}
-        there["bill"] = bill(rates, args.count, 300_000)
+        there["bill"] = bill(rates, **recipe)
         save_json(file, there)
-        print(f"\n{args.count:,} trajectories, 300,000 iterations of 64, on one such device",
-              table(there["bill"], BILL), sep="\n")
+        print(f"\n{head} such as this", table(there["bill"], BILL), sep="\n")
     print(f"\nimages: a second; ms: an image; share: of the best matrix rate. Wrote {file}")
 
 

@@ -56,13 +56,13 @@ STUDENTS = {
 }
 
 # The second stage of a student: how its images are judged, and how it and the heads are trained.
-GAME = dict(judged="own", level=0.1, strength=1.0, alone=100, heads_lr=1e-3, hidden=64)
+GAME = dict(judged="own", level=0.02, strength=1.0, alone=200, heads_lr=3e-3, hidden=64)
 REFINERS = {
     "shapes": GAME | dict(iterations=1000, batch=64, lr=1e-4, decay=0.99),
     "shapes64": GAME | dict(iterations=2000, batch=64, lr=1e-4, decay=0.999),
     "cifar10": GAME | dict(iterations=10000, batch=64, lr=1e-4, decay=0.999, hidden=128),
     "imagenet256": GAME | dict(iterations=40000, batch=64, lr=1e-4, decay=0.9999, schedule="constant", alone=3000,
-                               strength=10.0, hidden=256),
+                               heads_lr=1e-3, strength=10.0, hidden=256),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ablation
-from ablation import Bench, factors, ratio, spread
+from ablation import SECOND, Bench, factors, ratio, spread
 from model import DiT, size
 from presets import COMMON, REFINERS, STUDENTS, TEACHERS
 from training import Fault, export
@@ -41,7 +41,8 @@ def test_a_row_and_its_control():
 def test_every_factor_has_the_centre_in_it(preset):
     bench = bench_of(preset)
     rows = factors(bench.centre, depth=6)
-    assert {key for change in rows.pop("refine") for key in change["refine"]} < REFINERS["shapes"].keys()
+    second = [change["refine"] for factor in SECOND for change in rows.pop(factor)]
+    assert {key for change in second for key in change} < REFINERS["shapes"].keys()
     for factor, changes in rows.items():
         assert all(key in bench.centre for change in changes for key in change), factor
         assert "preset" in [bench.name(bench.both(change)[1]) for change in changes], factor

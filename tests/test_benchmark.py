@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import LATENT, bill, dense_forward, dense_macs, dense_sample
+from benchmark import LATENT, RECIPE, bill, dense_forward, dense_macs, dense_sample
 from model import DiT, size
 from sample import few_step
 from training import Fault
@@ -75,7 +75,7 @@ def test_the_program_measures_once_and_then_remembers(tmp_path, monkeypatch, cap
 
 
 def test_the_bill_at_the_papers_setting():
-    rows = bill({"XL/2": dict(training=400.0, sampling=400.0)}, count=1_280_000, iterations=300_000)
+    rows = bill({"XL/2": dict(training=400.0, sampling=400.0)}, **RECIPE)
     row = rows["DiT-XL/2 at 256"]
     assert abs(row["disk GB"] - 52.4) < 0.1  # 1.28 million of five 4×32×32 arrays in float16
     assert abs(row["distill h"] - 300_000 * 184.3 / 400 / 3600) < 0.5  # 184.3 TFLOP a step of 64

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_commands import make_teacher, run
 
 import data
@@ -77,6 +78,17 @@ def test_two_processes_distil_and_sample_as_one(tmp_path, monkeypatch):
         np.testing.assert_allclose(ours["states"].astype(float), theirs["states"].astype(float), atol=2e-3)
     one, two = (json.loads((tmp_path / out / "result.json").read_text())["losses"] for out in ("one", "two"))
     assert one[0][1] == pytest.approx(two[0][1], rel=1e-4)
+
+    for name in ("ant", "bee", "cat"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.effect_noise((8, 8), 40 + i).convert("RGB").save(tmp_path / "images" / name / f"{i}.png")
+    words = ("--from one/student.pt --teacher teacher.pt --trajectories t1 --count 512 --data images --iterations 6 "
+             "--batch 16 --alone 2 --hidden 16 --no-bf16 --device cpu")
+    run(monkeypatch, f"refine.py {words} --out three")
+    torchrun(tmp_path, 2, ROOT / "refine.py", *words.split(), "--out", "four")
+    three, four = (json.loads((tmp_path / out / "result.json").read_text())["losses"] for out in ("three", "four"))
+    assert len(three[0]) == 7 and three[0][4] > 0 and three[0][1:] == pytest.approx(four[0][1:], rel=1e-4)
 
     words = "one/student.pt --count 20 --batch 4 --npz --device cpu"
     run(monkeypatch, f"sample.py {words} --out s1")
