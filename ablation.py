@@ -44,7 +44,7 @@ from training import (Fault, command, difference, fingerprint, machine_flags, ma
                       positive, save_json, writable)
 
 KINDS = (("states", "direction"), ("states", "state"), ("clean", "state"))
-GAMES = (dict(judged="forced"), dict(level=0.0), dict(level=0.2), dict(hidden=128))  # changes to the second stage
+GAMES = (dict(judged="forced"), dict(level=0.2), dict(hidden=128))  # changes to the second stage
 
 SECOND = ("refine", "judging")  # factors of the second stage
 

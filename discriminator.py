@@ -30,8 +30,8 @@ MOST = 1e4  # bound of the adaptive weight
 def local_batch_norm(x):
     """Tokens (b, n, d), normalised for each channel over GROUP samples at a time and all of their tokens: a head
     compares the images of a group, and what it sees does not depend on the size of the batch."""
-    groups = [rearrange(part, "b n d -> (b n) d") for part in x.float().split(GROUP)]
-    return torch.cat([F.batch_norm(part, None, None, training=True) for part in groups]).view_as(x)
+    groups = F.instance_norm(rearrange(x.float(), "(g k) n d -> g d (k n)", k=GROUP))
+    return rearrange(groups, "g d (k n) -> (g k) n d", k=GROUP)
 
 
 class Head(nn.Module):

@@ -97,7 +97,8 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
         times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
         training=dict(**fit, own=preset["own"], seed=seed, count=len(trajectories), noise=meta["seed"]))
 
-    student.to(device).checkpointing = recompute(preset, student, about["S"], device)
+    student.to(device)
+    student.checkpointing = recompute(preset, student, about["S"], device)
 
     def batch_of(step):
         return trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))

@@ -254,7 +254,7 @@ class DiT(nn.Module):
         for layer, block in enumerate(self.blocks):
             history = self.history if layer < self.history_layers else "none"
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, history, cache, use_reentrant=False)
+                x = checkpoint(block, x, c, history, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, c, history, cache)
             if features is not None:

@@ -85,11 +85,11 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "schedule")}
     game = {key: preset[key] for key in ("judged", "level", "strength", "alone", "heads_lr", "hidden")}
-    if dataset.classes != about["classes"] or list(dataset.shape) != data.image_shape(about):
-        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
     if fit["batch"] % (GROUP * world() * preset["accumulate"]):
         raise Fault(f"a batch of {fit['batch']}, in {world()} × {preset['accumulate']} parts, is not made of "
                     f"groups of {GROUP}, which the heads compare: choose another --batch or --accumulate")
+    if dataset.classes != about["classes"] or list(dataset.shape) != data.image_shape(about):
+        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
     meta = trajectories.meta
     if (meta["teacher"], meta["guidance"], trajectories.times) != (about["teacher"], about["guidance"], about["times"]):
         raise Fault("these are not the trajectories that the student has learned: name them with --trajectories")
@@ -97,7 +97,8 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
                                       images=len(dataset), count=len(trajectories), noise=meta["seed"]))
     torch.manual_seed(seed)
     discriminator = Discriminator(teacher, game["hidden"]).to(device)
-    student.to(device).requires_grad_(True).checkpointing = recompute(preset, student, about["S"] + 1, device)
+    student.to(device).requires_grad_(True)
+    student.checkpointing = recompute(preset, student, about["S"] + 1, device)
     student.pos_embed.requires_grad_(False)
     student_plays, heads_play = players(student, about, discriminator, game)
 

@@ -67,7 +67,7 @@ class DDPM:
 
     def _at(self, table, t):
         t = torch.as_tensor(t)
-        return table.float().to(t.device)[t.long() + 1]
+        return torch.take(table.float().to(t.device), t.long() + 1)
 
     def alpha(self, t):
         return self._at(self.alpha_bar.sqrt(), t)
@@ -195,7 +195,8 @@ def train_teacher(preset: dict, out: Path, device, seed=0):
     solver = {key: preset[key] for key in ("path", "predicts", "guidance", "guided_channels", "steps")}
     about = dict(kind="teacher", model=config, **solver, data=str(source), classes=dataset.classes,
                  training=dict(**fit, seed=seed))
-    model.to(device).checkpointing = recompute(preset, model, 1, device)
+    model.to(device)
+    model.checkpointing = recompute(preset, model, 1, device)
 
     def batch_of(step):
         rng = data.stream(seed, step)

@@ -128,6 +128,8 @@ def pick_device(name: str = "auto") -> torch.device:
         raise Fault(f"this machine, or this build of PyTorch, has no {name} device: use --device auto")
     device = torch.device(name)
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise Fault(f"there is no {name}: this machine has {torch.cuda.device_count()} GPU(s)")
         if device.index is not None:
             torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -168,6 +170,7 @@ def recompute(preset: dict, model, blocks: int, device: torch.device) -> bool:
     if preset["checkpointing"] == "auto" and device.type == "cuda":
         samples = preset["batch"] // (world() * preset["accumulate"])
         stored = model.activation_bytes(blocks, precision(device, preset["bf16"]) == torch.bfloat16)
+        torch.cuda.empty_cache()  # what earlier work has left there counts as free
         needed = samples * stored + 16 * sum(weight.numel() for weight in model.parameters())
         return needed > 0.9 * torch.cuda.mem_get_info(device)[0]
     return preset["checkpointing"] == "on"
@@ -411,7 +414,8 @@ class Player:
     def share(self, device):
         """From here on, backward() averages the gradients of all processes."""
         torch._dynamo.config.optimize_ddp = False  # its way of cutting the graph does not go with checkpointing
-        self.network = DistributedDataParallel(self.network, device_ids=[device] if device.type == "cuda" else None)
+        self.network = DistributedDataParallel(self.network, device_ids=[device] if device.type == "cuda" else None,
+                                               gradient_as_bucket_view=True)
 
     def step(self, parts, rate: float, clip: float, device, bf16) -> list:
         """One step on a batch in parts, at `rate` times the learning rate: the loss and what else is watched, not
