@@ -300,6 +300,9 @@ def start_shards(folder: Path, meta: dict, count: int, part: tuple[int, int] = (
         raise Fault(f"{folder} holds other trajectories or latents: {difference(there, meta)}. "
                     "Choose another folder, or remove that one")
     todo = [i for i in range(math.ceil(count / SHARD)) if i % part[1] == part[0] and not is_whole(folder, meta, i)]
+    for i in todo:
+        if (folder / f"{i:05d}.npy").exists():
+            print(f"{folder}/{i:05d}.npy is damaged: writing it again")
     wait_for_all()  # so that all see the same
     return todo[rank()::world()]
 

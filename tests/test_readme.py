@@ -22,6 +22,11 @@ def test_tables_are_the_measured_ones():
         assert table(lines, dict.fromkeys(ablation.COLUMNS, "")) in README, name
     for title, rows in json.loads((ROOT / "assets/benchmark.json").read_text())["results"].items():
         assert table(rows, benchmark.COLUMNS) in README, title
+    bill = json.loads((ROOT / "assets/bill.json").read_text())
+    assert table(bill["rows"], benchmark.BILL) in README
+    rates = dict.fromkeys(benchmark.BILLED, dict.fromkeys(("training", "sampling"), bill["tflops"]))
+    again = benchmark.bill(rates, **benchmark.RECIPE)  # it is a count: anyone gets the same
+    assert table(again, benchmark.BILL) in README
 
 
 def test_the_short_table_says_what_the_ablation_says():

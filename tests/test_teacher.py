@@ -5,6 +5,7 @@ mostly a few lines that say exactly what a perfect one would. Only trajectories 
 random) DiT; they are compared with the states that the solver passes in memory."""
 
 import math
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -331,16 +332,41 @@ def test_count_limits_what_is_used(written):
 
 
 @pytest.mark.parametrize("damage", [lambda shard: shard[:len(shard) // 2], lambda shard: shard + shard])
-def test_a_shard_of_the_wrong_length_is_written_again_and_others_are_left_alone(written, damage):
+def test_a_shard_of_the_wrong_length_is_written_again_and_others_are_left_alone(written, damage, capsys):
     teacher, folder = written
     shards = sorted(folder.glob("*.npy"))
     assert len(shards) == 3
     contents, written_at = [f.read_bytes() for f in shards], [f.stat().st_mtime_ns for f in shards]
     shards[1].write_bytes(damage(contents[1]))
     write_trajectories(teacher, ABOUT, folder, 24, CPU, seed=3)
+    assert f"{shards[1]} is damaged: writing it again" in capsys.readouterr().out
     assert [f.read_bytes() for f in shards] == contents
     assert [shards[i].stat().st_mtime_ns for i in (0, 2)] == [written_at[i] for i in (0, 2)]
     assert sorted(f.name for f in folder.iterdir()) == ["00000.npy", "00001.npy", "00002.npy", "meta.json"]
+
+
+def test_a_writer_killed_ten_times_writes_what_an_undisturbed_one_does(tmp_path, monkeypatch):
+    """SIGKILL at a random moment, ten times: at most the shard in flight is lost."""
+    monkeypatch.setattr(data, "SHARD", 8)
+    teacher, threads, random = tiny_teacher(), torch.get_num_threads(), np.random.default_rng(0)
+    torch.set_num_threads(1)  # in processes that are forked, one thread alone works
+    write_trajectories(teacher, ABOUT, tmp_path / "whole", 160, CPU)
+    folder, there = tmp_path / "killed", [0]
+    for _ in range(10):
+        before = {f: f.read_bytes() for f in folder.glob("[0-9]*.npy")}
+        writer = multiprocessing.get_context("fork").Process(
+            target=write_trajectories, args=(teacher, ABOUT, folder, 160, CPU))
+        writer.start()
+        writer.join(random.uniform(0.02, 0.2))
+        writer.kill()
+        writer.join()
+        assert all(f.read_bytes() == content for f, content in before.items())
+        there.append(len(list(folder.glob("[0-9]*.npy"))))
+    write_trajectories(teacher, ABOUT, folder, 160, CPU)
+    torch.set_num_threads(threads)
+    assert there == sorted(there) and 0 < there[-1]
+    assert [(folder / f"{i:05d}.npy").read_bytes() for i in range(20)] == \
+           [(tmp_path / f"whole/{i:05d}.npy").read_bytes() for i in range(20)]
 
 
 def test_more_trajectories_are_added_to_those_there(written):

@@ -397,5 +397,8 @@ def test_bfloat16_training_keeps_float32_weights_and_almost_the_gradient(monkeyp
 def test_one_gpu_needs_no_number(monkeypatch):
     """No GPU is needed to see it: with a device that has no index, set_device would raise at once."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device("auto") == torch.device("cuda")
+    with pytest.raises(Fault, match="there is no cuda:1"):
+        pick_device("cuda:1")
     torch.backends.cuda.matmul.allow_tf32 = False
