@@ -312,7 +312,12 @@ def write_shard(folder: Path, meta: dict, number: int, **columns):
     rows = np.empty(len(columns["label"]), record(meta))
     for name, values in columns.items():
         rows[name] = values.cpu() if torch.is_tensor(values) else values
-    replace_file(Path(folder) / f"{number:05d}.npy", lambda file: np.save(file, rows))
+
+    def write(file):  # as np.save does, which does not say that a disk is full
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
+        file.write(rows.tobytes())
+
+    replace_file(Path(folder) / f"{number:05d}.npy", write)
 
 
 # ---- latents --------------------------------------------------------------------------------------------------------

@@ -357,7 +357,7 @@ def test_a_writer_killed_ten_times_writes_what_an_undisturbed_one_does(tmp_path,
         writer = multiprocessing.get_context("fork").Process(
             target=write_trajectories, args=(teacher, ABOUT, folder, 160, CPU))
         writer.start()
-        writer.join(random.uniform(0.02, 0.2))
+        writer.join(random.uniform(0.01, 0.1))
         writer.kill()
         writer.join()
         assert all(f.read_bytes() == content for f, content in before.items())
