@@ -1,8 +1,8 @@
 """The ablation: what each choice is worth, one at a time, and where the history helps.
 
 A row changes the *centre*, which is the preset's student or what the flags make of it, in one setting. It is trained
-twice: with its history, and without (N = 0: step distillation), from the same weights, trajectories and batches. So
-every row has its control:
+twice: with its history, and without (N = 0: step distillation), from the same weights, trajectories and batches. Of the
+second stage it is with a judge, and without (λ = 0). So every row has its control:
 
     centre            the preset itself
     kind              what is learned and put out: states and a direction, states, or clean predictions
@@ -14,7 +14,7 @@ every row has its control:
     guidance          of the teacher, whose trajectories are written anew
     count             trajectories
     iterations        the length of training; the longest also has more trajectories
-    refine            the second stage (refine.py). Here the control is the same stage without a judge
+    refine            the second stage (refine.py)
     judging           which prediction is judged in it, under how much noise, by how wide heads
 
     python ablation.py                                    every row once, for shapes: some hours on a CPU
@@ -39,7 +39,7 @@ from model import HISTORIES
 from presets import COMMON, REFINERS, STUDENTS, TEACHERS
 from refine import refine
 from sample import HELD_OUT, few_step, table
-from teacher import find_teacher, load_network, solve, write_trajectories
+from teacher import find_teacher, solve, write_trajectories
 from training import (Fault, command, difference, fingerprint, machine_flags, make_folder, part_flag, pick_device,
                       positive, save_json, writable)
 
@@ -116,35 +116,36 @@ class Bench:
             self.judges[guidance] = judge, x_T, y, solve(self.teacher, about, x_T, y)[1]
         return self.judges[guidance]
 
-    def train(self, settings: dict, seed: int):
-        """Train a student, judge it, and write down what was found."""
-        judge, x_T, y, states = self.judge(settings["guidance"])  # first: it may refuse
+    def student(self, settings: dict, seed: int):
+        """Train a student, or go on with it, or take the one that is there: (model, its about, losses)."""
         folder, about = self.trajectories, self.about | dict(guidance=settings["guidance"])
         if settings["guidance"] != self.preset["guidance"]:
             folder = self.folder / f"trajectories,guidance={settings['guidance']}"
         write_trajectories(self.teacher, about, folder, settings["count"], self.device, settings["bf16"])
         trajectories = data.Trajectories(folder, self.common["teacher"], settings["steps"], settings["trajectory"],
                                          settings["count"])
-        out = self.file(settings, seed)
-        if "refine" in settings:
-            start = {key: value for key, value in settings.items() if key != "refine"}
-            if not self.file(start, seed).with_suffix(".pt").exists():
-                self.train(start, seed)
-            student, about = load_network(self.file(start, seed).with_suffix(".pt"), "student", self.device)
-            channels, size, _ = data.image_shape(about)
-            dataset = data.load(about["data"], size, channels, flip=self.game["flip"])
-            student, about, losses = refine(student, about, self.teacher, trajectories, dataset,
-                                            self.game | settings["refine"], out.with_suffix(".pt"), self.device, seed)
-        else:
+        out = self.file(settings, seed).with_suffix(".pt")
+        if "refine" not in settings:
             student, about = make_student(self.teacher, about, settings)
-            student, about, losses = distill(student, about, trajectories, settings, out.with_suffix(".pt"),
-                                             self.device, seed)
+            return distill(student, about, trajectories, settings, out, self.device, seed)
+        student, about, _ = self.student({key: x for key, x in settings.items() if key != "refine"}, seed)
+        channels, size, _ = data.image_shape(about)
+        dataset = data.load(about["data"], size, channels, flip=self.game["flip"])
+        game = self.game | dict(bf16=settings["bf16"]) | settings["refine"]
+        return refine(student, about, self.teacher, trajectories, dataset, game, out, self.device, seed)
+
+    def train(self, settings: dict, seed: int):
+        """Train a student, judge it, and write down what was found."""
+        judge, x_T, y, states = self.judge(settings["guidance"])  # first: it may refuse
+        student, about, losses = self.student(settings, seed)
         own, strange = (few_step(student, about, x_T, y, shuffle) for shuffle in (False, True))
-        save_json(out, dict(basis=self.basis(settings), name=self.name(settings), seed=seed, calls=about["S"],
-                            gmacs=student.macs(about["S"]) / 1e9,
-                            **judge(lambda x_T, y: few_step(student, about, x_T, y), self.name(settings)),
-                            shuffled=(strange[:, -1] - states[:, -1]).square().mean().item(),
-                            exposure=exposure_bias(student, about, states, own, y), loss=losses[-1][1]))
+        save_json(self.file(settings, seed), dict(
+            basis=self.basis(settings), name=self.name(settings), seed=seed, calls=about["S"],
+            gmacs=student.macs(about["S"]) / 1e9,
+            **judge(lambda x_T, y: few_step(student, about, x_T, y), self.name(settings)),
+            shuffled=(strange[:, -1] - states[:, -1]).square().mean().item(),
+            exposure=exposure_bias(student, about, states, own, y),
+            loss=losses[-1][2 if "refine" in settings else 1]))  # of copying
 
     def results(self, settings: dict) -> list[dict]:
         """What was found of a student, of every seed there is. Raises Fault where it stands on another basis."""
@@ -224,7 +225,7 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                 lines[f"{factor} {value['value']}".strip() + control * (which == 0)] = line
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
-          "shuffled: the error of 256 samples with another's history; ratios: how many times larger without history\n")
+          "shuffled: the error of 256 samples with another's history; ratios: how many times larger in the control\n")
     moved = bench.name(bench.centre).replace("preset", "")
     out = out / f"ablation{',' * bool(moved)}{moved}.json"
     save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines,
@@ -296,7 +297,7 @@ def main():
     game = COMMON | REFINERS.get(args.preset, {}) | dict(flip=TEACHERS[args.preset]["flip"])
     bench = Bench(preset, centre, teacher, about, runs / "trajectories", out, device, args.images, game)
     wanted = {bench.name(one): one for factor in chosen for change in rows[factor] for one in bench.both(change)}
-    for student in wanted.values():
+    for student in (one for changes in rows.values() for change in changes for one in bench.both(change)):
         bench.results(student)  # which may be another's
     todo = [(student, seed) for seed in range(args.seeds) for student in wanted.values()][args.part[0]::args.part[1]]
     todo = [(student, seed) for student, seed in todo if not bench.file(student, seed).exists()]

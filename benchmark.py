@@ -189,10 +189,10 @@ def measure_training(name: str, N: int, batch: int, variants: dict[str, dict], d
 
 
 def game_macs(model, heads: int, judged: str) -> int:
-    """Multiply-accumulates of a step of both players for one sample. `heads`: of all heads reading an image. Backward
-    costs two forward passes, or one, where only the image's gradient is wanted."""
-    student = (4 if judged == "own" else 3) * model.macs(4)  # the own history is made without gradient
-    return student + 2 * model.macs(1) + 2 * heads + 2 * (model.macs(1) + 3 * heads)
+    """Multiply-accumulates of a step of both players for one sample, by and large. `heads`: of all heads reading an
+    image. Backward costs two forward passes, or one where only the image's gradient is wanted."""
+    student = 3 * model.macs(4) + (model.macs(3) if judged == "own" else 0)  # the own history: without gradient
+    return student + 2 * (model.macs(1) + heads) + 2 * (model.macs(1) + 3 * heads)  # judged; real and generated
 
 
 def head_macs(head, model: DiT) -> int:
@@ -214,7 +214,8 @@ def measure_second_stage(name: str, N: int, batch: int, hidden: int, device, rep
     student = Player(model, lambda *_: None, 1e-4)
 
     def step(losses):
-        for player, player.loss_of in zip((student, heads), losses, strict=True):
+        student.loss_of, heads.loss_of = losses
+        for player in (student, heads):
             player.step([data], 1.0, 1.0, device, bf16)
 
     for judged in ("own", "forced"):
@@ -256,7 +257,7 @@ def bill(rates: dict[str, dict], count: int, iterations: int, refining: int, bat
     """What distilling costs, {network and pixels: {column: value}}, from rates for each network in TFLOP/s, {"XL/2":
     {"training", "sampling"}}, taken to hold at every size of image: `count` trajectories, `iterations` of a `batch`,
     and `refining` of the second stage. Hours are of one device, without recomputation (with it, a third more); GiB, by
-    the count of stored activations, are for 16 images at a time, with it and without."""
+    the count of stored activations, are for 16 images at a time: "GiB/16" without it, the others with it."""
     rows, game = {}, REFINERS["imagenet256"]
     for name, rate in rates.items():
         for pixels in (256, 512, 1024, 4096, 8192):
@@ -315,8 +316,8 @@ def jobs_of(args, device) -> dict:
     stage = partial(measure_second_stage, args.size, N, GROUP * -(-args.batch // GROUP), args.hidden, device,
                     args.repeats, low)
     jobs[f"second stage, {args.size}"] = lambda: stage(False)
-    jobs[f"second stage, {args.size}, recomputing"] = lambda: stage(True)
     if cuda:
+        jobs[f"second stage, {args.size}, recomputing"] = lambda: stage(True)
         large = {"ours": ours, "ours, recomputing": variants["ours, recomputing"]}
         jobs[f"training, {args.size}, large batch"] = lambda: train(args.size, N, 64, large)
     if args.bill is not None:
@@ -366,7 +367,7 @@ def main():
     file = make_folder(args.out) / "benchmark.json"
     machine = dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else
                    f"CPU, {torch.get_num_threads()} threads", torch=torch.__version__,
-                   **{key: getattr(args, key) for key in defaults})
+                   **{key: getattr(args, key) for key in (*defaults, "hidden")})
     there = json.loads(file.read_text()) if file.exists() else dict(machine=machine, results={})
     if there["machine"] != machine:
         raise Fault(f"{file} holds other measurements: {difference(there['machine'], machine)}. Choose another --out")

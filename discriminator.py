@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from training import averaged
 
-GROUP = 8  # images that a head compares
+GROUP = 8  # images that a head sees together: all real, or all generated
 MOST = 1e4  # bound of the adaptive weight
 
 

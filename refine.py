@@ -1,14 +1,16 @@
 """The second stage: a student that has learned to copy its teacher goes on, and real images judge it, too.
 
 A student that copies can be no better than its teacher. The paper's "R + G" (Sec. 4) fine-tunes it with two losses: to
-copy, as before (R), and to be taken for real by a discriminator (G), which learns meanwhile to tell its images from
-those of the data set (discriminator.py). Two players, a step each in turn:
+copy (R), and to be taken for real by a discriminator (G), which learns meanwhile to tell its images from those of the
+data set (discriminator.py). Two players, a step each in turn:
 
-    the student    ‖ x̂_{τ_{s-1}} − x_{τ_{s-1}} ‖² over the S steps, plus λ · student_loss(D(x̂_0))
-    the heads      heads_loss(D(real), D(x̂_0))
+    the student    ‖ x̂_{τ_{s-1}} − x_{τ_{s-1}} ‖² over the S steps, plus λ · student_loss(D(x̂_{τ_0}))
+    the heads      heads_loss(D(real), D(x̂_{τ_0}))
 
-λ is such that at the last layer neither gradient drowns the other (VQGAN's adaptive weight), and 0 at first, while the
-heads learn alone.
+D sees its image under a little noise (--level), and its label. λ is such that at the last layer neither gradient drowns
+the other (VQGAN's adaptive weight), and 0 at first (--alone), while the heads learn. By default the student reads its
+own history, as when it samples, and learns to copy from there; `--judged forced` feeds it the teacher's states, as the
+first stage does.
 
     python distill.py                                      the student of the first stage: runs/shapes/student.pt
     python refine.py                                       fine-tune it, into runs/shapes-refined/
@@ -31,28 +33,27 @@ from distill import find_trajectories, own_history, predict, report
 from presets import REFINERS, TEACHERS, choose
 from teacher import PATHS, find_teacher, load_network, over
 from training import (Fault, Player, command, export, fingerprint, make_folder, pick_device, positive, precision, rank,
-                      recompute, share, strength, train, training_flags, whole, world,
-                      writable)
+                      recompute, share, strength, train, training_flags, whole, world, writable)
 
 
 def players(student, about: dict, discriminator, game: dict):
     """The losses of the two, as functions for training.Player: the student's, (model, *batch) -> total, copying,
     judged, λ; and the heads', (model, *batch) -> loss, the share of logits with the right sign. A batch: x (b, S + 1,
     c, h, w) and y (b,), a teacher's trajectories; as many real images and their labels; noise for generated and for
-    real ones; and (b,) whether the student plays already.
+    real ones; and (b,) 1 where the judge counts already, 0 before.
 
-    The history from which the judged image comes is, by game["judged"], the teacher's ("forced"), as in the first
-    stage, or the student's "own", as when it samples: then it also learns to copy from there."""
+    The history that the student reads, for copying and for the image that is judged, is by game["judged"] the teacher's
+    ("forced"), as in the first stage, or the student's "own", as when it samples."""
     path = PATHS[about["path"]]
     t = torch.tensor(game["level"] * path.T)
     t = t if path.T == 1 else t.round()
     last = getattr(student, student.head_names[-1]).linear.weight
-    generated = []  # images that were judged, for the heads to learn from
+    generated = []  # the images just judged: what the heads learn from in their step, which is next
 
-    def look(discriminator, images, noise, y):
+    def look(judge, images, noise, y):
         when = t.to(images.device)
         x = over(path.alpha(when), images) * images + over(path.sigma(when), images) * noise
-        return discriminator(x, path.told(when), y)
+        return judge(x, path.told(when), y)
 
     def student_plays(model, x, y, real, labels, noise, other_noise, playing):
         history = x[:, :-1] if game["judged"] == "forced" else own_history(model, about, x[:, 0], y)
@@ -61,7 +62,7 @@ def players(student, about: dict, discriminator, game: dict):
         discriminator.requires_grad_(False)
         leaf = image.detach().requires_grad_()
         judged = student_loss(look(discriminator, leaf, noise, y))
-        pull = (image * torch.autograd.grad(judged, leaf)[0]).sum()  # has judged's gradients; the discriminator is done
+        pull = (image * torch.autograd.grad(judged, leaf)[0]).sum()  # judged's gradients, without D in their graph
         weight = playing[0] * balance(copying, pull, last, game["strength"])
         generated.append(image.detach())
         return copying + weight * (pull - pull.detach() + judged.detach()), copying, judged, weight
@@ -77,6 +78,19 @@ def players(student, about: dict, discriminator, game: dict):
     return student_plays, heads_play
 
 
+def fits(about: dict, dataset: data.Dataset, preset: dict):
+    """Raises Fault where images or settings do not go with the student that `about` describes."""
+    if preset["batch"] % (GROUP * world() * preset["accumulate"]):
+        raise Fault(f"a batch of {preset['batch']}, in {world()} × {preset['accumulate']} parts, is not made of "
+                    f"groups of {GROUP}, which the heads compare: choose another --batch or --accumulate")
+    if preset["iterations"] <= preset["alone"]:
+        raise Fault(f"in the first {preset['alone']} steps nobody judges: choose fewer (--alone), or more --iterations")
+    images = (len(dataset.classes), list(dataset.shape))
+    known = about["classes"] != [str(i) for i in range(len(about["classes"]))]  # a public teacher's are but numbers
+    if images != (len(about["classes"]), data.image_shape(about)) or known and dataset.classes != about["classes"]:
+        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
+
+
 def refine(student, about: dict, teacher, trajectories: data.Trajectories, dataset: data.Dataset, preset: dict,
            out: Path, device, seed=0):
     """Fine-tune a student into the file `out`; returns (model, about, losses), the losses as [(step, total, copying,
@@ -85,14 +99,11 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "schedule")}
     game = {key: preset[key] for key in ("judged", "level", "strength", "alone", "heads_lr", "hidden")}
-    if fit["batch"] % (GROUP * world() * preset["accumulate"]):
-        raise Fault(f"a batch of {fit['batch']}, in {world()} × {preset['accumulate']} parts, is not made of "
-                    f"groups of {GROUP}, which the heads compare: choose another --batch or --accumulate")
-    if dataset.classes != about["classes"] or list(dataset.shape) != data.image_shape(about):
-        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
+    fits(about, dataset, preset)
     meta = trajectories.meta
     if (meta["teacher"], meta["guidance"], trajectories.times) != (about["teacher"], about["guidance"], about["times"]):
-        raise Fault("these are not the trajectories that the student has learned: name them with --trajectories")
+        raise Fault("these trajectories are of another teacher or guidance than those that the student has learned: "
+                    "check --teacher and --trajectories")
     about = about | dict(refined=dict(**fit, **game, seed=seed, start=fingerprint(student.state_dict()),
                                       images=len(dataset), count=len(trajectories), noise=meta["seed"]))
     torch.manual_seed(seed)
@@ -110,11 +121,11 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
         return x, y, real, labels, *noise, torch.full_like(y, step >= game["alone"])
 
     def verdict(losses):
-        recent = [row[-1] for row in losses if row[0] > game["alone"]][-10:]
+        recent = [row[-1] for row in losses if row[0] > game["alone"] and game["strength"]][-10:]
         if len(recent) == 10 and min(recent) > 0.99:
-            return "the heads are always right, and teach nothing: try more noise (--level), or a lower --heads-lr"
+            return "the heads are always right, and teach nothing (try more noise, --level, or a lower --heads-lr),"
         if losses[-1][4] >= 0.9 * MOST:
-            return "the weight λ is at its bound, since the heads' gradient vanishes: try a lower --heads-lr"
+            return "the weight λ is at its bound, since the heads' gradient vanishes (try a lower --heads-lr),"
 
     print(f"fine-tuning with {len(discriminator.heads)} heads "
           f"({sum(p.numel() for p in discriminator.parameters()) / 1e6:.1f}M parameters), "
@@ -151,9 +162,9 @@ def main():
     add("--out", type=Path, help="folder for the results (default: runs/PRESET-refined)")
     add("--teacher", type=Path, help="checkpoint (default: runs/PRESET/teacher.pt, or the one that ships with us)")
     add("--trajectories", type=Path, help="folder, written if need be (default: runs/PRESET/trajectories)")
-    add("--count", type=positive, help="trajectories to train on")
+    add("--count", type=positive, help="trajectories to train on (default: as many as the student has learned)")
     add("--data", help="the real images, if they are no longer where the teacher saw them")
-    add("--judged", choices=("own", "forced"), help="judge what comes of the student's own history, or the teacher's")
+    add("--judged", choices=("own", "forced"), help="the history that the student reads: its own, or its teacher's")
     add("--level", type=share, help="the noise under which images are judged, as a share of all time")
     add("--strength", type=strength, help="of the heads' gradient, in units of the copying loss's; 0: no judge")
     add("--alone", type=whole, help="steps at first in which the student only copies, and the heads learn")
@@ -170,12 +181,17 @@ def main():
         writable(args.export)  # better refused before the work
     began = time.time()
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
-    student, about = load_network(args.start or runs / "student.pt", "student", device)
+    start = args.start or runs / "student.pt"
+    if not start.exists():
+        raise Fault(f"no student at {start}: make one, python distill.py --preset {args.preset}, or name one, --from")
+    student, about = load_network(start, "student", device)
+    dataset = data.load(args.data or about["data"], about["model"]["image_size"], about["model"]["channels"],
+                        flip=TEACHERS[args.preset]["flip"])
+    fits(about, dataset, preset)  # better refused before the work
+    args.count = args.count or about["training"].get("count")  # as many as it has learned
     learned = preset | dict(steps=about["S"], trajectory=about["trajectory"])
     trajectories = find_trajectories(teacher, teacher_about, args, learned, args.trajectories or runs / "trajectories",
                                      device)
-    dataset = data.load(args.data or about["data"], about["model"]["image_size"], about["model"]["channels"],
-                        flip=TEACHERS[args.preset]["flip"])
     student, about, losses = refine(student, about, teacher, trajectories, dataset, preset, out / "student.pt", device,
                                     args.seed)
     if rank() > 0:

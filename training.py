@@ -503,7 +503,7 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
                 partial.zero_()
                 progress.note = "loss " + " ".join(f"{value:.5f}" for value in losses[-1][1:])
                 if trouble := verdict(losses):
-                    raise Fault(f"{trouble} at step {done}. What was saved before stays")
+                    raise Fault(f"{trouble} at step {done}. What was saved before stays; try again into another --out")
             if keep:
                 began = time.time()
                 if rank() == 0:

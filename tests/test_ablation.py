@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import ablation
+import data
 from ablation import SECOND, Bench, factors, ratio, spread
 from model import DiT, size
 from presets import COMMON, REFINERS, STUDENTS, TEACHERS
-from training import Fault, export
+from training import Fault, export, fingerprint
 
 CONFIG = dict(image_size=1, channels=2, classes=3, **size("N/1"))
 
@@ -62,6 +64,33 @@ def test_ratio():
     assert of({0: 6.0}, {0: 2.0, 1: 3.0}) == "3.00"
     assert of({0: 6.0, 1: 8.0}, {0: 0.5, 1: 2.0}) == "> 3.0"  # 0.5 is no further from 0 than from 2: a bound
     assert of({0: 6.0}, {0: -1.0}) == of({0: -6.0}, {0: 1.0}) == of({0: 6.0}, {1: 1.0}) == ""
+
+
+def test_the_second_stage_starts_from_the_first(tmp_path, monkeypatch):
+    """Both students of a row, from the same one of the first stage, which is trained once."""
+    class Indifferent:
+        def __init__(self, *_, **__):
+            pass
+
+        def __call__(self, run, title):
+            return dict(error=0.0, above=0.0)
+
+    monkeypatch.setattr(ablation, "Judge", Indifferent)
+    monkeypatch.chdir(tmp_path)
+    config = dict(image_size=8, channels=3, classes=10, **size("N/4"))
+    about = dict(kind="teacher", model=config, path="flow", predicts="v", guidance=1.0, steps=8, data="shapes",
+                 classes=list(data.SHAPES), training=dict(iterations=1))
+    preset = COMMON | STUDENTS["shapes"] | dict(count=8, iterations=2, batch=4, bf16=False, guidance=1.0)
+    game = COMMON | REFINERS["shapes"] | dict(iterations=2, batch=8, alone=1, hidden=8, flip=False)
+    bench = Bench(preset, preset, DiT(**config), about, Path("t"), Path("out"), torch.device("cpu"), 300, game)
+    for row in bench.both(dict(refine={})):
+        bench.train(row, seed=0)
+    names = "refined,strength=0.0", "refined"
+    students = [torch.load(f"out/{name}/0.pt", weights_only=True) for name in names]
+    first = torch.load("out/preset/0.pt", weights_only=True)
+    assert {one["about"]["refined"]["start"] for one in students} == {fingerprint(first["ema"])}
+    assert [one["about"]["refined"]["strength"] for one in students] == [0.0, 1.0]
+    assert len(list(Path("out").rglob("*.json"))) == 2  # the first stage's student is another row
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

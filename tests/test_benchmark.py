@@ -9,8 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import LATENT, RECIPE, bill, dense_forward, dense_macs, dense_sample
+from benchmark import LATENT, RECIPE, bill, dense_forward, dense_macs, dense_sample, game_macs, head_macs
+from discriminator import Discriminator
 from model import DiT, size
+from refine import players
 from sample import few_step
 from training import Fault
 
@@ -54,6 +56,23 @@ def test_dense_arithmetic_is_what_a_counter_sees():
     assert abs(counter.get_total_flops() / 2 / dense_macs(model, 4) - 1) < 0.02
 
 
+@pytest.mark.parametrize("judged", ["own", "forced"])
+def test_the_second_stages_arithmetic_is_what_a_counter_sees(judged):
+    """Of a step of both players, gradients included."""
+    student, teacher = small(2), small(0)
+    discriminator = Discriminator(teacher, hidden=16)
+    about = dict(S=4, output="state", times=[999.0, 583.0, 375.0, 166.0, -1.0], told=[999.0, 749.25, 499.5, 249.75],
+                 path="ddpm")
+    losses = players(student, about, discriminator, dict(judged=judged, level=0.02, strength=1.0))
+    images, y = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)
+    batch = torch.randn(8, 5, 4, 8, 8), y, images, y, images, images, torch.ones_like(y)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for model, loss_of in zip((student, discriminator), losses, strict=True):
+            loss_of(model, *batch)[0].backward()
+    macs = game_macs(student, head_macs(discriminator.heads[0], student), judged)
+    assert abs(counter.get_total_flops() / 2 / 8 / macs - 1) < 0.05
+
+
 def test_the_program_measures_once_and_then_remembers(tmp_path, monkeypatch, capsys):
     words = f"benchmark.py --size N/8 --batch 1 --sample-batch 1 --repeats 1 --device cpu --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", words.split())
@@ -61,6 +80,7 @@ def test_the_program_measures_once_and_then_remembers(tmp_path, monkeypatch, cap
     first, said = (tmp_path / "benchmark.json").read_bytes(), capsys.readouterr().out
     results = json.loads(first)["results"]
     assert set(results["training, N/8"]) == {"ours", "ours, N = 0", "ours, recomputing", "dense reference"}
+    assert set(results["second stage, N/8"]) == {"R + G, own", "R + G, forced"}
     assert set(results["sampling, N/8"]) == {"ours", "ours, N = 0", "dense reference", "teacher, 25 steps"}
     for rows in results.values():
         assert benchmark.table(rows, benchmark.COLUMNS) in said

@@ -11,7 +11,7 @@ import refine as stage
 from discriminator import student_loss
 from distill import predict
 from presets import COMMON, REFINERS
-from refine import draw, refine
+from refine import draw, fits, refine
 from sample import few_step
 from training import Fault
 
@@ -34,12 +34,13 @@ def run(out, **changes):
 
 
 def test_what_does_not_belong_to_the_student_is_refused(tmp_path):
-    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "not the trajectories")):
+    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "another teacher or guidance")):
         student, about = student_of(random_dit(), history_layers=2)
         with pytest.raises(Fault, match=words):
             refine(student, about | LEARNED | wrong, random_dit(), FewTrajectories(), Images(), SETTINGS,
                    tmp_path / "no.pt", torch.device("cpu"))
     assert not list(tmp_path.iterdir())
+    fits(about | dict(classes=list("01234")), Images(), SETTINGS)  # a public teacher's classes have no names
 
 
 @pytest.mark.parametrize("judged", ["own", "forced"])
