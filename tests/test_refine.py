@@ -34,7 +34,7 @@ def run(out, **changes):
 
 
 def test_what_does_not_belong_to_the_student_is_refused(tmp_path):
-    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "another teacher or guidance")):
+    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "another teacher or gui")):
         student, about = student_of(random_dit(), history_layers=2)
         with pytest.raises(Fault, match=words):
             refine(student, about | LEARNED | wrong, random_dit(), FewTrajectories(), Images(), SETTINGS,
@@ -116,7 +116,7 @@ def test_a_lost_game_ends(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(stage, "train", lambda *args, verdict, **more: (None, said.append(verdict(rows))))
         run(tmp_path / "lost.pt")
-        run(tmp_path / "alone.pt", alone=600)  # but the student does not play yet
+        run(tmp_path / "alone.pt", alone=600, iterations=601)  # but the student does not play yet
     assert said[0].startswith("the heads are always right") and said[1] is None
     monkeypatch.setattr(stage, "balance", lambda *args: torch.tensor(1e4))
     with pytest.raises(Fault, match="λ is at its bound"):
