@@ -34,7 +34,7 @@ def run(out, **changes):
 
 
 def test_what_does_not_belong_to_the_student_is_refused(tmp_path):
-    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "another teacher or gui")):
+    for wrong, words in ((dict(classes=list("abcdx")), "other classes"), (dict(guidance=2.0), "another teacher or g")):
         student, about = student_of(random_dit(), history_layers=2)
         with pytest.raises(Fault, match=words):
             refine(student, about | LEARNED | wrong, random_dit(), FewTrajectories(), Images(), SETTINGS,
