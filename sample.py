@@ -92,10 +92,12 @@ def methods(teacher, teacher_about: dict, student, about: dict) -> dict:
     return ways
 
 
-def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=False, count=256, repeats=3):
-    """Run the `methods` from the same held-out noises and labels. Returns (rows, states, y): rows {name: {"calls",
-    "error", "ms"}}, the mean squared error to the teacher's full-step image and the milliseconds an image, the median
-    of interleaved repeats; states {name: (b, s + 1, c, h, w)}; labels (b,)."""
+def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=False, repeats=3):
+    """Run the `methods` from the same held-out noises and labels: 256, or of latents, whose networks are large, 64.
+    Returns (rows, states, y): rows {name: {"calls", "error", "ms"}}, the mean squared error to the teacher's full-step
+    image and the milliseconds an image, the median of interleaved repeats; states {name: (b, s + 1, c, h, w)}; labels
+    (b,)."""
+    count = 64 if about["model"]["channels"] == 4 else 256
     x_T, y = data.noise_and_labels(about, HELD_OUT, range(count))
     x_T, y = x_T.to(device), y.to(device)
     ways = methods(teacher, teacher_about, student, about)
