@@ -255,9 +255,10 @@ def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Pat
             axis.set_yscale("log" if measure == "error" else "symlog" if wide else "linear")
             axis.set_xticks(range(len(values)), [""] * len(values))
         column[0].set_title(factor, fontsize=10)
-        column[1].set_xticks(range(len(values)), [value["value"].replace(", ", "\n") for value in values], fontsize=8)
-    axes[0, 0].set_ylabel("error to the teacher's images")
-    axes[1, 0].set_ylabel("Fréchet distance above the teacher's")
+        column[1].set_xticks(range(len(values)), [value["value"] or "preset" for value in values], fontsize=8,
+                             rotation=40, ha="right")
+    axes[0, 0].set_ylabel("error to the\nteacher's images")
+    axes[1, 0].set_ylabel("Fréchet distance\nabove the teacher's")
     axes[0, 0].legend(fontsize=8)
     page.tight_layout()
     page.savefig(out, dpi=110)

@@ -30,16 +30,26 @@ def test_tables_are_the_measured_ones():
 
 
 def test_the_short_table_says_what_the_ablation_says():
-    for title, row in (("points: clean predictions, N = 6 of 6", "centre"),
-                       ("points: states, direction, N = 6 of 6", "kind states, direction"),
-                       ("shapes: states, direction, N = 1 of 6", "centre"),
-                       ("shapes: states, state, N = 1 of 6", "kind states, state"),
-                       ("shapes: clean predictions, N = 6 of 6", "kind clean, state, N = 6")):
-        name = title.partition(":")[0]
+    for title, name, row in (
+            ("points: clean predictions, N = 6 of 6", "points", "centre"),
+            ("points: states, direction, N = 6 of 6", "points", "kind states, direction"),
+            ("shapes: states, direction, N = 1 of 6", "shapes", "centre"),
+            ("shapes: states, state, N = 1 of 6", "shapes", "kind states, state"),
+            ("shapes: clean predictions, N = 6 of 6", "shapes", "kind clean, state, N = 6"),
+            ("shapes: clean predictions, N = 6 of 6, own 0.5", "shapes-clean-own", "centre"),
+            ("shapes: clean predictions, N = 6 of 6, four times as long", "shapes-clean-long", "centre")):
         lines = json.loads((ROOT / f"assets/ablation-{name}.json").read_text())["lines"]
         control = f"{row.removesuffix(', N = 6')}, N = 0"
         few, without, with_history = lines["teacher, 4 steps"], lines[control], lines[row]
         cells = [title, few["above"], without["above"], with_history["above"], with_history["above ratio"] or "–"]
+        assert f"| {' | '.join(cells)} |" in README, title
+
+
+def test_the_second_stages_table_says_what_the_ablation_says():
+    lines = json.loads((ROOT / "assets/ablation-shapes.json").read_text())["lines"]
+    for title, row in (("teacher, 24 steps", "teacher, 24 steps"), ("R: the student", "centre"),
+                       ("R, the control: λ = 0", "refine, λ = 0"), ("R + G", "refine")):
+        cells = [title, *(lines[row][key] for key in ("error", "frechet", "above", "precision", "recall", "accuracy"))]
         assert f"| {' | '.join(cells)} |" in README, title
 
 
