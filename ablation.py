@@ -11,6 +11,7 @@ second stage it is with a judge, and without (λ = 0). So every row has its cont
     steps             S: 1, 2, 4, 8
     step_heads        one output layer for all steps, or one for each
     own               the share of training in which the student is fed its own history instead of its teacher's
+    opens             the share of training in which the history layers open, which starts as step distillation
     guidance          of the teacher, whose trajectories are written anew
     count             trajectories
     iterations        the length of training; the longest also has more trajectories
@@ -62,6 +63,7 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
         "steps": [dict(steps=S) for S in (1, 2, 4, 8)],
         "step_heads": [dict(step_heads=heads) for heads in (False, True)],
         "own": [dict(own=share) for share in (0.0, 0.5)],
+        "opens": [dict(opens=share) for share in (0.0, 0.5)],
         "guidance": [dict(guidance=strength) for strength in (guidance, 2 * guidance)],
         "count": [dict(count=number) for number in (max(1, count // 4), count, 2 * count)],
         "iterations": [dict(iterations=max(1, length // 4)), dict(iterations=length),
@@ -92,7 +94,7 @@ class Bench:
         student = self.centre | change
         if "refine" in change:
             return student | dict(refine=dict(strength=0.0)), student
-        without = student | dict(history_layers=0, history=self.preset["history"])
+        without = student | dict(history_layers=0, history=self.preset["history"], opens=0.0)
         blind = student["steps"] == 1 or student["history"] == "none" or student["history_layers"] == 0
         return without, without if blind else student
 

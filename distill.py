@@ -91,16 +91,19 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     """Train a student into the file `out`; returns (model, about, losses). Continues what is there."""
     meta, path = trajectories.meta, PATHS[about["path"]]
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
+    fed = {key: preset[key] for key in ("own", "opens")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
     about = about | {key: meta[key] for key in ("teacher", "guidance", "guided_channels", "steps")} | dict(
         marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each of the S states
         times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
-        training=dict(**fit, own=preset["own"], seed=seed, count=len(trajectories), noise=meta["seed"]))
+        training=dict(**fit, **fed, seed=seed, count=len(trajectories), noise=meta["seed"]))
 
     student.to(device)
     student.checkpointing = recompute(preset, student, about["S"], device)
+    N, opening = student.history_layers, preset["opens"] * fit["iterations"]
 
     def batch_of(step):
+        student.history_layers = N if step >= opening else int(N * step / opening)  # they open one by one, from below
         return trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
 
     config = about["model"]
@@ -126,6 +129,8 @@ def student_flags(add):
     add("--step-heads", action=argparse.BooleanOptionalAction,
         help="an output layer for each step instead of one for all")
     add("--own", type=share, help="share of the samples that are fed the student's own history in training")
+    add("--opens", type=share,
+        help="share of the training in which the history layers open, one by one (default: 0, all open at the start)")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
 
 

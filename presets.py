@@ -10,10 +10,11 @@
 import public
 
 # What presets have in common unless they say otherwise. First how a training runs, which has no bearing on its result
-# but for rounding; then the learning rate's schedule and the share of a student's own history in its training; then
-# what the ODE of the public DiT has of its own, and what is kept of trajectories.
+# but for rounding; then the learning rate's schedule, the share of a student's own history in its training, and over
+# which share of it the history layers open; then what the ODE of the public DiT has of its own, and what is kept of
+# trajectories.
 COMMON = dict(bf16=True, checkpointing="auto", accumulate=1, compile=False,
-              schedule="cosine", own=0.0, guided_channels=None, marks=None, keep="both")
+              schedule="cosine", own=0.0, opens=0.0, guided_channels=None, marks=None, keep="both")
 
 # A teacher: its data and network, its noise path and what the network predicts, how it is trained, and how its ODE is
 # solved: `steps` Euler steps with this guidance, from `count` noises.

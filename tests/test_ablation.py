@@ -28,6 +28,7 @@ def test_a_row_and_its_control():
     for change, names in ((dict(steps=8), ("steps=8,history_layers=0", "steps=8")),
                           (dict(history="window"), ("history_layers=0", "history=window")),
                           (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
+                          (dict(opens=0.5), ("history_layers=0", "opens=0.5")),  # without history nothing opens
                           (dict(step_heads=False), ("history_layers=0", "preset")),  # the centre itself
                           (dict(history="none"), ("history_layers=0",) * 2),
                           (dict(steps=1), ("steps=1,history_layers=0",) * 2),  # one step has no history

@@ -123,6 +123,21 @@ def test_training_learns(tmp_path):
     assert trained < 0.7 * ard_loss(fresh, about, x, y)
 
 
+def test_history_that_opens_late(tmp_path):
+    """A layer that opens after 50 of 60 steps: what comes before is step distillation, bit for bit."""
+    def run(**changes):
+        student, about = make_student(random_dit(), ABOUT, SETTINGS | changes)
+        out = tmp_path / f"{changes}.pt"
+        return distill(student, about, FewTrajectories(), SETTINGS | changes, out, torch.device("cpu"))
+
+    student, _, late = run(history_layers=1, opens=50 / 60)
+    _, _, blind = run(history_layers=0)
+    _, _, always = run(history_layers=1)
+    assert student.history_layers == 1  # the average, which is what one samples from
+    assert late[0] == blind[0] != always[0]  # the mean loss of the first 50 steps
+    assert late[1] != blind[1]
+
+
 def test_settings_that_cannot_be():
     teacher = random_dit()
     for wrong in (dict(trajectory="clean"), dict(told=[1.0]), dict(history_layers=7), dict(history="future")):
