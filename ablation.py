@@ -23,6 +23,7 @@ second stage it is with a judge, and without (λ = 0). So every row has its cont
     python ablation.py --preset points --seeds 3          first: python teacher.py --preset points
     python ablation.py --part 1/2                         one of two processes that share the trainings and the folder
     python ablation.py --trajectory clean --output state --history-layers 6           around another centre
+    python ablation.py --teacher runs/nano/teacher.pt --out runs/ablation/nano        another teacher's students
 
 What has been done, in whatever order, is not done again. Table and figure, ablation.json and .png, show all the rows of
 this centre that are complete; a row that says nothing new is left out.
@@ -288,8 +289,9 @@ def main():
     device, runs = pick_device(args.device), Path("runs") / args.preset
     out = make_folder(args.out or Path("runs/ablation") / args.preset)
     teacher, about = find_teacher(args.teacher, args.preset, runs, device)
+    trajectories = (out if args.teacher else runs) / "trajectories"  # another teacher has its own
     preset = COMMON | STUDENTS[args.preset] | {key: TEACHERS[args.preset][key] for key in ("count", "guidance")}
-    preset |= {key: value for key, value in (data.read_meta(runs / "trajectories") or {}).items() if key == "guidance"}
+    preset |= {key: value for key, value in (data.read_meta(trajectories) or {}).items() if key == "guidance"}
     centre = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
     rows = factors(centre, len(teacher.blocks))
     if args.preset not in REFINERS:
@@ -298,7 +300,7 @@ def main():
     if unknown := set(chosen) - set(rows):
         raise Fault(f"no factor {unknown.pop()!r}: choose from {', '.join(rows)}")
     game = COMMON | REFINERS.get(args.preset, {}) | dict(flip=TEACHERS[args.preset]["flip"])
-    bench = Bench(preset, centre, teacher, about, runs / "trajectories", out, device, args.images, game)
+    bench = Bench(preset, centre, teacher, about, trajectories, out, device, args.images, game)
     wanted = {bench.name(one): one for factor in chosen for change in rows[factor] for one in bench.both(change)}
     for student in (one for changes in rows.values() for change in changes for one in bench.both(change)):
         bench.results(student)  # which may be another's
