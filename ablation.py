@@ -201,31 +201,29 @@ def ratio(without: list[dict], with_history: list[dict], measure: str) -> str:
 def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
     """Print the table of all the rows that have been trained; write ablation.json and ablation.png."""
     students, found = {}, {}  # {name: results}, {factor: [{value, the names of its two students}]}
+    lines = {name: {key: format(row[key], form) for key, form in ({"calls": "d", "gmacs": ".4f"} | MEASURES).items()}
+             for name, row in bench.teachers(bench.centre["steps"]).items()}
     for factor, changes in rows.items():
         for change in changes:
             pair = {bench.name(student): bench.results(student) for student in bench.both(change)}
+            if not all(pair.values()) or list(pair) in [other["pair"] for other in found.get(factor, [])]:
+                continue
             value = ", ".join(f"N = {x}" if key == "history_layers" else words(x) for key, x in change.items())
-            if all(pair.values()) and list(pair) not in [other["pair"] for other in found.get(factor, [])]:
-                students |= pair
-                found.setdefault(factor, []).append(dict(value=value, pair=list(pair)))
-    lines, said = {}, set()
-    for name, row in bench.teachers(bench.centre["steps"]).items():
-        lines[name] = {key: format(row[key], form) for key, form in ({"calls": "d", "gmacs": ".4f"} | MEASURES).items()}
-    for factor, values in found.items():
-        for value in values:
-            for which, name in enumerate(value["pair"]):
-                if name in said:
+            found.setdefault(factor, []).append(dict(value=value, pair=list(pair)))
+            for name, runs in pair.items():
+                if name in students:
                     continue  # the centre, or its control: once is enough
-                said.add(name)
-                runs = students[name]
+                title = f"{factor} {value}".strip()
                 line = dict(seeds=len(runs), calls=runs[0]["calls"], gmacs=f"{runs[0]['gmacs']:.4f}")
                 line |= {key: spread([run[key] for run in runs], form) for key, form in MEASURES.items()}
-                if which == 1:
-                    control = students[value["pair"][0]]
+                control, *_ = pair
+                if name == control:
+                    title += ", λ = 0" if factor in SECOND else ", N = 0"
+                else:
                     line["shuffled"] = spread([run["shuffled"] for run in runs], ".6f")
-                    line |= {f"{key} ratio": ratio(control, runs, key) for key in ("error", "above")}
-                control = ", λ = 0" if factor in SECOND else ", N = 0"
-                lines[f"{factor} {value['value']}".strip() + control * (which == 0)] = line
+                    line |= {f"{key} ratio": ratio(pair[control], runs, key) for key in ("error", "above")}
+                lines[title] = line
+            students |= pair
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
           "shuffled: the error of 256 samples with another's history; ratios: how many times larger in the control\n")
@@ -242,11 +240,10 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
 def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Path):
     """A column for each factor: error and distance above the teacher's, of each row and of its control (without
     history; in the second stage, without a judge); a dot is a seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    page, axes = plt.subplots(2, len(found), figsize=(1.2 + 2.1 * len(found), 5.6), squeeze=False, sharey="row")
+    page = Figure((1.2 + 2.1 * len(found), 5.6), layout="tight")
+    axes = page.subplots(2, len(found), squeeze=False, sharey="row")
     for column, (factor, values) in zip(axes.T, found.items(), strict=True):
         for axis, measure in zip(column, ("error", "above"), strict=True):
             for which, name in enumerate(("control", "as named")):
@@ -263,9 +260,7 @@ def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Pat
     axes[0, 0].set_ylabel("error to the\nteacher's images")
     axes[1, 0].set_ylabel("Fréchet distance\nabove the teacher's")
     axes[0, 0].legend(fontsize=8)
-    page.tight_layout()
     page.savefig(out, dpi=110)
-    plt.close(page)
 
 
 def main():

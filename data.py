@@ -15,6 +15,7 @@ Every data set is a `Dataset`: images in [-1, 1], (c, h, w), or latents, with in
 
 import argparse
 import colorsys
+import io
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -312,12 +313,9 @@ def write_shard(folder: Path, meta: dict, number: int, **columns):
     rows = np.empty(len(columns["label"]), record(meta))
     for name, values in columns.items():
         rows[name] = values.cpu() if torch.is_tensor(values) else values
-
-    def write(file):  # as np.save does, which does not say that a disk is full
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
-        file.write(rows.tobytes())
-
-    replace_file(Path(folder) / f"{number:05d}.npy", write)
+    whole = io.BytesIO()
+    np.save(whole, rows)  # in memory first: straight to a file, numpy does not say that the disk is full
+    replace_file(Path(folder) / f"{number:05d}.npy", lambda file: file.write(whole.getbuffer()))
 
 
 # ---- latents --------------------------------------------------------------------------------------------------------
@@ -333,19 +331,6 @@ def load_vae(name: str, device):
         return optional("diffusers").AutoencoderKL.from_pretrained(name).to(device).eval().requires_grad_(False)
     except (OSError, ValueError) as error:
         raise Fault(f"no autoencoder {name!r} ({str(error).splitlines()[0]}): name a folder with --vae") from None
-
-
-@torch.no_grad()
-def encode(vae, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Images (b, 3, h, w) in [-1, 1] to latents (b, 4, h/8, w/8): samples of the posterior, from the given noise."""
-    posterior = vae.encode(images).latent_dist
-    return SCALE * (posterior.mean + posterior.std * noise)
-
-
-@torch.no_grad()
-def decode(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Latents (b, 4, h/8, w/8) to images (b, 3, h, w)."""
-    return vae.decode(latents / SCALE).sample
 
 
 def write_latents(root: Path, vae_name: str, out: Path, size: int, flip: bool, part, device, bf16=False):
@@ -366,9 +351,9 @@ def write_latents(root: Path, vae_name: str, out: Path, size: int, flip: bool, p
         images = torch.where(mirrored, images.flip(-1), images).float() / 127.5 - 1
         noise = torch.from_numpy(np.stack([stream(0, i).standard_normal(shape, dtype=np.float32) for i in rows]))
         with autocast(device, bf16):
-            latent = [encode(vae, x.to(device), e.to(device)).half().cpu()
-                      for x, e in zip(images.split(32), noise.split(32), strict=True)]
-        write_shard(out, meta, number, label=[label for _, label, _ in chosen], latent=torch.cat(latent))
+            seen = [vae.encode(part.to(device)).latent_dist for part in images.split(32)]
+        mean, std = (torch.cat([getattr(one, key).float().cpu() for one in seen]) for key in ("mean", "std"))
+        write_shard(out, meta, number, label=[label for _, label, _ in chosen], latent=SCALE * (mean + std * noise))
 
 
 class Latents(Dataset):

@@ -1,18 +1,16 @@
 """The discriminator of the second stage: the frozen teacher, and a small head on each of its layers.
 
-A student that copies its teacher can be no better than its teacher. The paper's second stage ("R + G") lets real images
-judge: a discriminator learns to tell them from the student's, and the student learns to be mistaken for them, besides
-copying. What tells the two apart is already known to the teacher, whose layers describe an image from fine to coarse.
-So the discriminator is the teacher, frozen, reading an image at a small time t, and only its heads learn. A head gives
-every token of every layer a logit: how real does this patch look, for this label and time?
+What tells real images from a student's (refine.py) is already known to the teacher, whose layers describe an image from
+fine to coarse. So the discriminator is the teacher, frozen, reading an image at a small time t, and only its heads
+learn. A head gives every token of every layer a logit: how real does this patch look, for this label and time?
 
 The hinge losses of the two players (1705.02894), with D the logits:
 
     the heads'      mean max(0, 1 − D(real)) + mean max(0, 1 + D(generated))
     the student's   − mean D(generated)
 
-Used by refine.py. The heads follow the authors' recipe (in turn that of StyleGAN-T, 2301.09515), but are
-narrower: at width 1152 theirs have half the teacher's weights.
+The heads follow the authors' recipe (in turn that of StyleGAN-T, 2301.09515), but are narrower: at width 1152 theirs
+have half the teacher's weights.
 """
 
 import torch
@@ -21,7 +19,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from training import averaged
+from training import everywhere, world
 
 GROUP = 8  # images that a head sees together: all real, or all generated
 MOST = 1e4  # bound of the adaptive weight
@@ -83,5 +81,6 @@ def student_loss(generated):
 def balance(copying, judged, weight, strength: float):
     """The adaptive weight λ of VQGAN (2012.09841): `strength` times the ratio of the gradients that the two losses have
     at the last layer's `weight`, so that neither drowns the other. Of several processes, the gradients' means."""
-    norms = [averaged(torch.autograd.grad(loss, weight, retain_graph=True)[0]).norm() for loss in (copying, judged)]
+    gradients = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (copying, judged))
+    norms = [(everywhere(gradient) / world()).norm() for gradient in gradients]
     return (strength * norms[0] / (norms[1] + 1e-8)).clamp(max=MOST).detach()

@@ -32,7 +32,7 @@ from presets import COMMON, STUDENTS, TEACHERS, choose
 from sample import compare, few_step, figure, table
 from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
 from training import (Fault, command, export, fingerprint, load_weights, make_folder, pick_device, positive, precision,
-                      rank, recompute, save_json, share, train, training_flags, whole, writable)
+                      rank, recompute, save_json, share, train, training_flags, whole)
 
 
 def predict(model, about: dict, history, y):
@@ -150,13 +150,14 @@ def find_trajectories(teacher, about: dict, args, preset: dict, folder: Path, de
     return data.Trajectories(folder, fingerprint(teacher.state_dict()), preset["steps"], preset["trajectory"], count)
 
 
-def report(teacher, teacher_about: dict, student, about: dict, losses, out: Path, device, bf16, began: float):
-    """The end of a run that `began` then: the table, result.json and samples.png."""
-    rows, states, y = compare(teacher, teacher_about, student, about, device, bf16)
+def report(teacher, student, about: dict, losses, out: Path, device, args, began: float):
+    """The end of a run that `began` then: the export, the table, result.json and samples.png."""
+    if args.export:
+        export(args.export, about, student.state_dict())
+    rows, states, y = compare(teacher, student, about, device, args.bf16)
     print("", table(rows, {"calls": "d", "error": ".6f", "ms": ".2f"}), "", sep="\n")
     save_json(out / "result.json", dict(about=about, rows=rows, losses=losses, seconds=round(time.time() - began)))
-    shown = 100 if about["model"]["image_size"] == 1 else 16
-    figure({name: s[:shown] for name, s in states.items()}, out / "samples.png", y[:shown])
+    figure(states, out / "samples.png", y)
     print(f"wrote {out}/student.pt, samples.png and result.json in {time.time() - began:.0f} s")
 
 
@@ -173,19 +174,14 @@ def main():
 
     device, runs, preset = pick_device(args.device), Path("runs") / args.preset, choose(STUDENTS, args)
     out = make_folder(args.out or runs)
-    if args.export:
-        writable(args.export)  # better refused before the work
     began = time.time()
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
     student, about = make_student(teacher, teacher_about, preset)
     trajectories = find_trajectories(teacher, teacher_about, args, preset, args.trajectories or runs / "trajectories",
                                      device)
     student, about, losses = distill(student, about, trajectories, preset, out / "student.pt", device, args.seed)
-    if rank() > 0:
-        return
-    if args.export:
-        export(args.export, about, student.state_dict())
-    report(teacher, teacher_about, student, about, losses, out, device, args.bf16, began)
+    if rank() == 0:
+        report(teacher, student, about, losses, out, device, args, began)
 
 
 if __name__ == "__main__":

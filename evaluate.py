@@ -28,10 +28,11 @@ from einops import rearrange
 from torch import nn
 
 import data
+from distill import predict
 from metrics import coverage, frechet, moments, protocol
 from model import HISTORIES, DiT, size, visible
-from sample import HELD_OUT, as_learned, compare, figure, methods, seen, table
-from teacher import ASSETS, PATHS, advance, load_network, solve
+from sample import HELD_OUT, compare, figure, methods, seen, table
+from teacher import ASSETS, PATHS, load_network, solve
 from training import (Fault, Progress, at_once, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
                       positive, replace_file, save_json, train, whole, writable)
 
@@ -154,13 +155,12 @@ def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[s
     """The student's mean squared error to the teacher's next state at each of its S steps, {"forced": (S,), "own":
     (S,)}: fed the teacher's states, as in training, and fed its own, as in sampling. What lies between is exposure
     bias. From the same noises: all the teacher's states (b, steps + 1, …), and the student's (b, S + 1, …)."""
-    S, marks = about["S"], torch.tensor(about["marks"])
+    marks = torch.tensor(about["marks"])
     truth = teacher_states[:, [0, *marks]]  # (b, S + 1, c, h, w)
     if about["trajectory"] == "clean":
         grid = PATHS[about["path"]].grid(about["steps"]).to(truth.device)
         truth = torch.cat([truth[:, :1], seen(about, teacher_states, grid)[:, marks - 1]], 1)
-    times, told = (torch.tensor(about[key], device=truth.device) for key in ("times", "told"))
-    forced = advance(about, student(truth[:, :S], told, y).float(), truth[:, :S], times[:-1], times[1:])
+    forced = predict(student, about, truth[:, :-1], y)
     return {name: rearrange((x - truth[:, 1:]).square(), "b s c h w -> s (b c h w)").mean(1).tolist()
             for name, x in (("forced", forced), ("own", own_states[:, 1:]))}
 
@@ -221,10 +221,9 @@ PROTOCOL = {"images": ",d", "fid": ".3f", "sfid": ".3f", "inception_score": ".3f
 
 
 def load_runs(runs: list[Path], teacher_path: Path | None, device):
-    """Students, from run folders or files, and the teacher they share: ({name: (model, about)}, teacher, its about,
-    with the guidance they learned).
-    The teacher is looked for at `teacher_path`, or else beside the first student, in runs/ and among the shipped
-    ones. Raises Fault when it is not there, or when the students' trajectories differ in kind."""
+    """Students, from run folders or files, and the teacher they share: ({name: (model, about)}, teacher). The teacher
+    is looked for at `teacher_path`, or else beside the first student, in runs/ and among the shipped ones. Raises Fault
+    when it is not there, or when the students' trajectories differ in kind."""
     students = {}
     for run in runs:
         path = run if run.suffix == ".pt" else run / "student.pt"
@@ -239,21 +238,19 @@ def load_runs(runs: list[Path], teacher_path: Path | None, device):
     [(fingerprint_wanted, _, _)] = wanted
     places = [runs[0] / "teacher.pt", *Path("runs").glob("*/teacher.pt"), *ASSETS.glob("*-teacher.pt")]
     for place in [teacher_path] if teacher_path else filter(Path.exists, places):
-        model, about = load_network(place, "teacher", device)
+        model, _ = load_network(place, "teacher", device)
         if fingerprint(model.state_dict()) == fingerprint_wanted:
-            return students, model, as_learned(about, next(iter(students.values()))[1])
+            return students, model
     raise Fault(f"{teacher_path} is not the teacher of {runs[0]}" if teacher_path else
                 f"the teacher of {runs[0]} was not found: name it with --teacher")
 
 
 def draw(curves: dict[str, dict], shares: dict[str, list], out: Path):
     """evaluation.png: the exposure-bias curves and, for each student with a history, where its attention goes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    page, axes = plt.subplots(1, 1 + len(shares), figsize=(5.5 + 5.5 * len(shares), 4.4), squeeze=False)
-    left, *others = axes[0]
+    page = Figure((5.5 + 5.5 * len(shares), 4.4), layout="tight")
+    left, *others = page.subplots(1, 1 + len(shares), squeeze=False)[0]
     for i, (name, curve) in enumerate(curves.items()):
         steps = range(1, len(curve["own"]) + 1)
         left.plot(steps, curve["forced"], "o--", color=f"C{i}", label=f"{name}, fed the teacher's states")
@@ -273,9 +270,7 @@ def draw(curves: dict[str, dict], shares: dict[str, list], out: Path):
         axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(layers)), range(1, len(layers) + 1))
         axis.set(ylabel="layer", title=f"{name}: what a step's attention reads, %")
-    page.tight_layout()
     page.savefig(writable(out), dpi=110)
-    plt.close(page)
 
 
 def main():
@@ -309,24 +304,23 @@ def main():
         save_json(out / "protocol.json", dict(samples=str(args.samples), reference=str(args.reference), **row))
         print(f"wrote {out / 'protocol.json'}")
         return
-    students, teacher, teacher_about = load_runs(args.runs, args.teacher, device)
-    judge = Judge(teacher, teacher_about, args.count, device, args.bf16, args.data)
+    students, teacher = load_runs(args.runs, args.teacher, device)
+    judge = Judge(teacher, next(iter(students.values()))[1], args.count, device, args.bf16, args.data)
     print(f"classifier: {judge.right:.2%} right on {len(judge.real):,} held-out real images")
 
     rows, curves, shares, shown = dict(judge.rows), {}, {}, {}
     for name, (student, about) in students.items():
-        costs, states, y = compare(teacher, teacher_about, student, about, device, args.bf16)
-        for way, (calls, run) in methods(teacher, teacher_about, student, about).items():
-            row = f"{name}, history shuffled" if way.startswith("its") else way.replace("student", name)
+        costs, states, y = compare(teacher, student, about, device, args.bf16, name)
+        for row, (calls, run) in methods(teacher, student, about, name).items():
             if row not in rows:  # the teacher's rows are shared
-                macs = calls * teacher.macs() if way.startswith("teacher") else student.macs(calls)
+                macs = calls * teacher.macs() if row.startswith("teacher") else student.macs(calls)
                 found = judge(run, row) if shown else judge.best  # the first way is the teacher's own
-                rows[row] = costs[way] | dict(gmacs=macs / 1e9) | found
-                shown[row] = states[way]
-        full, own = states[f"teacher, {about['steps']} steps"], states[f"student, {about['S']} steps"]
+                rows[row] = costs[row] | dict(gmacs=macs / 1e9) | found
+                shown[row] = states[row]
+        full, own = states[f"teacher, {about['steps']} steps"], states[f"{name}, {about['S']} steps"]
         with autocast(device, args.bf16):
             curves[name] = exposure_bias(student, about, full, own, y)
-            if "its history shuffled" in states:
+            if f"{name}, history shuffled" in states:
                 shares[name] = attention(student, own[:, :-1], y, torch.tensor(about["told"], device=device))
 
     print("", table(rows, COLUMNS), "", sep="\n")
@@ -340,8 +334,7 @@ def main():
                                             exposure=curves, attention=shares,
                                             runs={name: about for name, (_, about) in students.items()}))
     draw(curves, shares, out / "evaluation.png")
-    number = 100 if about["model"]["image_size"] == 1 else 16
-    figure({name: s[:number] for name, s in shown.items() if "shuffled" not in name}, out / "samples.png", y[:number])
+    figure({name: s for name, s in shown.items() if "shuffled" not in name}, out / "samples.png", y)
     print(f"\nwrote evaluation.json, evaluation.png and samples.png into {out}")
 
 

@@ -8,10 +8,7 @@ ImageNet's tables.
 All work block by block: 50,000 images of 2,048 features need no more than 4 GB.
 
 The protocol is that of ADM's evaluator (Dhariwal & Nichol, 2105.05233), which nearly all papers use. It sees images in
-8 bits through the Inception network of 2015, which the package torch-fidelity has:
-
-    python sample.py runs/imagenet256/student.pt --vae … --count 50000 --npz
-    python evaluate.py --samples runs/samples/samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+8 bits through the Inception network of 2015, which the package torch-fidelity has (evaluate.py --samples).
 """
 
 import pickle

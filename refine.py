@@ -30,9 +30,9 @@ import torch
 import data
 from discriminator import GROUP, MOST, Discriminator, balance, heads_loss, student_loss
 from distill import find_trajectories, own_history, predict, report
-from presets import REFINERS, TEACHERS, choose
+from presets import GAME, REFINERS, TEACHERS, choose
 from teacher import PATHS, find_teacher, load_network, over
-from training import (Fault, Player, command, export, fingerprint, make_folder, pick_device, positive, precision, rank,
+from training import (Fault, Player, command, fingerprint, make_folder, pick_device, positive, precision, rank,
                       recompute, share, strength, train, training_flags, whole, world, writable)
 
 
@@ -40,10 +40,7 @@ def players(student, about: dict, discriminator, game: dict):
     """The losses of the two, as functions for training.Player: the student's, (model, *batch) -> total, copying,
     judged, λ; and the heads', (model, *batch) -> loss, the share of logits with the right sign. A batch: x (b, S + 1,
     c, h, w) and y (b,), a teacher's trajectories; as many real images and their labels; noise for generated and for
-    real ones; and (b,) 1 where the judge counts already, 0 before.
-
-    The history that the student reads, for copying and for the image that is judged, is by game["judged"] the teacher's
-    ("forced"), as in the first stage, or the student's "own", as when it samples."""
+    real ones; and (b,) 1 where the judge counts already, 0 before."""
     path = PATHS[about["path"]]
     t = torch.tensor(game["level"] * path.T)
     t = t if path.T == 1 else t.round()
@@ -98,7 +95,7 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
     student's, and when a player has lost."""
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "schedule")}
-    game = {key: preset[key] for key in ("judged", "level", "strength", "alone", "heads_lr", "hidden")}
+    game = {key: preset[key] for key in GAME}
     fits(about, dataset, preset)
     meta = trajectories.meta
     if (meta["teacher"], meta["guidance"], trajectories.times) != (about["teacher"], about["guidance"], about["times"]):
@@ -139,19 +136,15 @@ def refine(student, about: dict, teacher, trajectories: data.Trajectories, datas
 
 def draw(losses, out: Path):
     """game.png: rows (step, total, copying, judged, λ, heads' loss, their accuracy) as curves."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     names = ("copying loss", "judged: −D(generated)", "adaptive weight λ", "heads' loss", "heads' accuracy")
     step, _, *columns = zip(*losses, strict=True)
-    page, axes = plt.subplots(1, len(columns), figsize=(3.2 * len(columns), 2.8))
-    for axis, name, values in zip(axes, names, columns, strict=True):
+    page = Figure((3.2 * len(columns), 2.8), layout="tight")
+    for axis, name, values in zip(page.subplots(1, len(columns)), names, columns, strict=True):
         axis.plot(step, values)
         axis.set(title=name, xlabel="step")
-    page.tight_layout()
     page.savefig(writable(out), dpi=110)
-    plt.close(page)
 
 
 def main():
@@ -177,8 +170,6 @@ def main():
         raise Fault("--compile is for the first stage: λ needs the graph of a step twice")
     preset, device, runs = choose(REFINERS, args), pick_device(args.device), Path("runs") / args.preset
     out = make_folder(args.out or runs.with_name(f"{args.preset}-refined"))
-    if args.export:
-        writable(args.export)  # better refused before the work
     began = time.time()
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
     start = args.start or runs / "student.pt"
@@ -194,13 +185,10 @@ def main():
                                      device)
     student, about, losses = refine(student, about, teacher, trajectories, dataset, preset, out / "student.pt", device,
                                     args.seed)
-    if rank() > 0:
-        return
-    if args.export:
-        export(args.export, about, student.state_dict())
-    draw(losses, out / "game.png")
-    print(f"wrote {out}/game.png: the two players' losses")
-    report(teacher, teacher_about, student, about, losses, out, device, args.bf16, began)
+    if rank() == 0:
+        draw(losses, out / "game.png")
+        print(f"wrote {out}/game.png: the two players' losses")
+        report(teacher, student, about, losses, out, device, args, began)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import math
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +49,6 @@ def few_step(model, about: dict, x_T, y, shuffle: bool = False):
     return torch.stack(states, 1)
 
 
-def sample(model, about: dict, x_T, y, steps: int | None = None):
-    """The trajectory of a student, or of a teacher in `steps` Euler steps (default: its own number): (b, s + 1,
-    …)."""
-    return few_step(model, about, x_T, y) if about["kind"] == "student" else solve(model, about, x_T, y, steps)[1]
-
-
 def seen(about: dict, states, times):
     """What the states of a trajectory (b, s + 1, c, h, w) promise: the clean images x̂_0 (b, s, c, h, w) that each
     Euler step aimed at, from x = α·x̂_0 + σ·ε̂ before and after the step. Shows coarse become fine, which noisy
@@ -70,29 +63,22 @@ def seen(about: dict, states, times):
 HELD_OUT = 2**34  # the seed of the noises on which students are judged; none is trained or tuned on it
 
 
-def as_learned(teacher_about: dict, about: dict) -> dict:
-    """A teacher's `about` with the ODE that a student of it has learned: its trajectories may have had another
-    guidance or number of steps."""
-    return teacher_about | {key: about[key] for key in ("guidance", "guided_channels", "steps") if key in about}
-
-
-def methods(teacher, teacher_about: dict, student, about: dict) -> dict:
+def methods(teacher, student, about: dict, name="student") -> dict:
     """{name: (network calls, (x_T, y) -> states)}: the teacher at its full steps, the teacher at the student's S
     steps, the student and, where it has a history, the control: the student whose history is shuffled across the
-    batch."""
+    batch. The student's `about` says which ODE of its teacher's it has learned, too."""
     S, full, twice = about["S"], about["steps"], 1 if about["guidance"] == 1 else 2  # guidance takes two calls a step
-    same = as_learned(teacher_about, about)
     ways = {
-        f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, same, x_T, y, full)[1]),
-        f"teacher, {S} steps": (S * twice, lambda x_T, y: solve(teacher, same, x_T, y, S)[1]),
-        f"student, {S} steps": (S, lambda x_T, y: few_step(student, about, x_T, y)),
+        f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, about, x_T, y, full)[1]),
+        f"teacher, {S} steps": (S * twice, lambda x_T, y: solve(teacher, about, x_T, y, S)[1]),
+        f"{name}, {S} steps": (S, lambda x_T, y: few_step(student, about, x_T, y)),
     }
     if about["model"]["history_layers"] and about["model"]["history"] != "none" and S > 1:
-        ways["its history shuffled"] = (S, lambda x_T, y: few_step(student, about, x_T, y, shuffle=True))
+        ways[f"{name}, history shuffled"] = (S, lambda x_T, y: few_step(student, about, x_T, y, shuffle=True))
     return ways
 
 
-def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=False, repeats=3):
+def compare(teacher, student, about: dict, device, bf16=False, name="student", repeats=3):
     """Run the `methods` from the same held-out noises and labels: 256, or of latents, whose networks are large, 64.
     Returns (rows, states, y): rows {name: {"calls", "error", "ms"}}, the mean squared error to the teacher's full-step
     image and the milliseconds an image, the median of interleaved repeats; states {name: (b, s + 1, c, h, w)}; labels
@@ -100,7 +86,7 @@ def compare(teacher, teacher_about: dict, student, about: dict, device, bf16=Fal
     count = 64 if about["model"]["channels"] == 4 else 256
     x_T, y = data.noise_and_labels(about, HELD_OUT, range(count))
     x_T, y = x_T.to(device), y.to(device)
-    ways = methods(teacher, teacher_about, student, about)
+    ways = methods(teacher, student, about, name)
     states, seconds = {}, {name: [] for name in ways}
     for name in Progress("comparing", list(ways) * repeats, unit="runs"):
         synchronise(device)
@@ -132,34 +118,34 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 def figure(rows: dict[str, torch.Tensor], out: Path, y):
-    """Draw trajectories {name: (b, s + 1, c, h, w)}, all from the same noises and labels y (b,): a row of final
-    images for each name, or, for points, a panel with every path in the plane."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    """Draw trajectories {name: (b, s + 1, c, h, w)}, all from the same noises and labels y (b,): for each name a row of
+    the first 16 final images or, of points, a panel with the first 100 paths in the plane."""
+    from matplotlib.figure import Figure  # not pyplot: nothing to choose, nothing to close
 
+    points = next(iter(rows.values())).shape[-1] == 1
+    rows = {name: states[: 100 if points else 16] for name, states in rows.items()}
     first = next(iter(rows.values()))
-    if first.shape[-1] == 1:
-        page, axes = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.8), squeeze=False)
+    if points:
+        page = Figure((3.4 * len(rows), 3.8), layout="tight")
+        axes = page.subplots(1, len(rows), squeeze=False)
         real = data.load("points", 1, count=1500).images[:, :, 0, 0]
         target = rearrange(first[:, -1].cpu(), "b xy 1 1 -> b xy")
         for axis, (name, states) in zip(axes[0], rows.items(), strict=True):
             axis.scatter(*real.T, s=2, color="0.85", zorder=0)
-            for path, label, goal in zip(states[..., 0, 0].cpu(), y.tolist(), target, strict=True):
+            for path, label, goal in zip(states[..., 0, 0].cpu(), y.tolist(), target, strict=False):
                 axis.plot(*path.T, color=f"C{label}", linewidth=0.7, alpha=0.35, marker=".", markersize=2)
                 axis.plot(*path[-1], "o", color=f"C{label}", markersize=3.5)
                 axis.plot(*torch.stack([path[-1], goal]).T, color="red", linewidth=2, solid_capstyle="butt")
             axis.set(title=name, aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
     else:
-        page, axes = plt.subplots(len(rows), 1, figsize=(10, 10.4 / len(first) * len(rows)), squeeze=False)
+        page = Figure((10, 10.4 / len(first) * len(rows)), layout="tight")
+        axes = page.subplots(len(rows), 1, squeeze=False)
         for axis, (name, states) in zip(axes[:, 0], rows.items(), strict=True):
             axis.imshow(data.grid(states[:, -1], columns=len(states)))
             axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    page.tight_layout()
     page.savefig(writable(out), dpi=110)
-    plt.close(page)
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -174,14 +160,6 @@ def parse_labels(words: list[str], classes: list[str]) -> list[int]:
             raise Fault(f"no class {word!r}: give numbers from 0 to {len(classes) - 1}, or names ({names})")
         labels.append(label)
     return labels
-
-
-def in_order(images_of, count: int, batch: int):
-    """images_of(indices) for all the indices up to `count`, batch by batch; the processes share the work, and rank 0
-    gets the results."""
-    for start in Progress("sampling", range(0, count, batch * world()), unit="images", weight=batch * world()):
-        indices = range(start + rank() * batch, min(start + (rank() + 1) * batch, count))
-        yield from gather([images_of(indices)] if indices else [])
 
 
 def main():
@@ -204,38 +182,45 @@ def main():
 
     device, out = pick_device(args.device), make_folder(args.out)
     model, about = load_network(args.checkpoint, ("student", "teacher"), device)
-    if about["kind"] == "student" and (args.steps or args.guidance is not None):
+    student, given = about["kind"] == "student", {key: getattr(args, key) for key in ("steps", "guidance")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if student and given:
         raise Fault("--steps and --guidance are for teachers: a student has both built in")
     if about["model"]["image_size"] == 1:
         raise Fault("points are not pictures: evaluate.py draws them in the plane")
-    if args.guidance is not None:
-        about["guidance"] = args.guidance
+    about |= given
     chosen = parse_labels(args.labels, about["classes"]) if args.labels else None
 
-    to_pixels = partial(data.decode, data.load_vae(args.vae, device)) if model.channels == 4 else lambda x: x
+    vae = data.load_vae(args.vae, device) if model.channels == 4 else None
+
+    def to_pixels(x):
+        return vae.decode(x / data.SCALE).sample if vae else x
 
     def states_of(indices):
         x_T, y = data.noise_and_labels(about, args.seed, indices)
         if chosen:
             y = torch.tensor([chosen[i % len(chosen)] for i in indices])
         with autocast(device, args.bf16):
-            return sample(model, about, x_T.to(device), y.to(device), args.steps), y
+            x_T, label = x_T.to(device), y.to(device)
+            return few_step(model, about, x_T, label) if student else solve(model, about, x_T, label)[1], y
 
     def images_of(indices):
         states, y = states_of(indices)
-        return np.concatenate([data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)]), y.tolist()
+        images = [data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)]
+        return indices, np.concatenate(images), y.tolist()
 
-    shown, done = [], 0
+    shown = []
 
-    def batches():  # all the images; on the way, the first hundred are kept and --png is done
-        nonlocal done
-        for images, labels in in_order(images_of, args.count, args.batch):
-            shown.extend(images[: 100 - len(shown)])
-            for i, label in enumerate(labels if args.png else [], start=done):
-                file = writable(out / "images" / f"{i:05d}-{about['classes'][label]}.png")
-                Image.fromarray(images[i - done].squeeze()).save(file)
-            done += len(images)
-            yield images
+    def batches():  # all the images, on rank 0; on the way, the first hundred are kept and --png is done
+        together = args.batch * world()
+        for start in Progress("sampling", range(0, args.count, together), unit="images", weight=together):
+            mine = range(args.count)[start + rank() * args.batch :][: args.batch]
+            for indices, images, labels in gather([images_of(mine)] if mine else []):
+                shown.extend(images[: 100 - len(shown)])
+                for i, image, label in zip(indices, images, labels, strict=True) if args.png else ():
+                    file = writable(out / "images" / f"{i:05d}-{about['classes'][label]}.png")
+                    Image.fromarray(image.squeeze()).save(file)
+                yield images
 
     if args.npz and rank() == 0:
         write_npz(out / "samples.npz", args.count, batches())
@@ -254,10 +239,9 @@ def main():
     if args.trajectory:
         first, _ = states_of(range(min(8, args.count)))
         rows = [first]
-        if about["kind"] == "teacher" or about["output"] == "direction":
-            times = about["times"] if about["kind"] == "student" else \
-                PATHS[about["path"]].grid(args.steps or about["steps"]).tolist()
-            rows.append(seen(about, first, torch.tensor(times, device=device)))
+        if not student or about["output"] == "direction":
+            times = torch.tensor(about["times"]) if student else PATHS[about["path"]].grid(about["steps"])
+            rows.append(seen(about, first, times.to(device)))
         sheet = rearrange(torch.cat(rows, 1), "b s c h w -> (s b) c h w")
         sheet = torch.cat([to_pixels(part).cpu() for part in sheet.split(16)])
         data.grid(sheet, columns=len(first)).save(writable(out / "trajectory.png"))

@@ -308,8 +308,6 @@ def main():
                            preset["marks"], preset["keep"], args.part)
         return
     out = writable(run / "teacher.pt")
-    if args.export:
-        writable(args.export)  # better refused before the work
     model, about = train_teacher(preset, out, device, args.seed)
     if rank() > 0:
         return

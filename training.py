@@ -25,9 +25,8 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def training_flags(add):
         help="recompute activations in the backward pass, which saves memory (default: auto, where they would not fit)")
     add("--accumulate", type=positive, metavar="K", help="save memory: a batch in K parts, in turn (default: 1)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: a slow start, then faster on a GPU")
-    add("--export", type=Path, help="also write the result, in float16 and for use only, to this file")
+    add("--export", type=writable, help="also write the result, in float16 and for use only, to this file")
     machine_flags(add)
 
 
@@ -193,19 +192,10 @@ def world() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def everywhere(values, device, op="SUM") -> list[float]:
-    """Numbers of every process, reduced to what all then know: their "SUM", or their "MAX"."""
-    values = torch.as_tensor(values, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+def everywhere(tensor, op="SUM"):
+    """A tensor of every process, reduced (in its place) to what all then know: their "SUM", or their "MAX"."""
     if world() > 1:
-        dist.all_reduce(values, getattr(dist.ReduceOp, op))
-    return values.tolist()
-
-
-def averaged(tensor):
-    """A tensor's mean over the processes, in its place."""
-    if world() > 1:
-        dist.all_reduce(tensor)
-        tensor /= world()
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor
 
 
@@ -356,25 +346,22 @@ def fingerprint(weights: dict) -> str:
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
-class Interrupt:
-    """Within this context, Ctrl-C (or SIGTERM) only sets `.asked`, so that a step is never left half done; asked
-    twice, it stops at once."""
+@contextmanager
+def interrupts():
+    """Within this context, Ctrl-C (or SIGTERM) is only noted in the list that it gives, so that a step is never left
+    half done; asked twice, it stops at once."""
+    asked = []
 
-    def __enter__(self):
-        self.asked = False
-        self.old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, *_):
-        if self.asked:
+    def ask(number, _):
+        if asked:
             raise KeyboardInterrupt
-        self.asked = True
+        asked.append(number)
 
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
+    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 
@@ -480,7 +467,7 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
     progress = Progress(title, range(start, iterations), start=start, unit="images", weight=batch)
     partial, saved = torch.tensor(partial, device=device), time.time()
     pause = 60 if save_seconds is None else save_seconds
-    with Interrupt() as interrupt:
+    with interrupts() as asked:
         for step in progress:
             parts, rate = micro_batches(batch_of(step), accumulate), learning_rate(step, iterations, warmup, schedule)
             values = [player.step(parts, rate, clip, device, bf16) for player in players.values()]
@@ -489,12 +476,12 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
 
             done = step + 1
             log = done % log_every == 0 or done == iterations
-            stop, late = interrupt.asked, time.time() - saved > pause
+            stop, late = bool(asked), time.time() - saved > pause
             if world() > 1:
-                stop, late = everywhere([stop, late], device, "MAX")
+                stop, late = everywhere(torch.tensor([stop, late], device=device).int(), "MAX").tolist()
             keep = stop or late or done == iterations
             if log or keep:
-                partial = torch.tensor(everywhere(partial, device), device=device).float() / world()
+                partial = everywhere(partial) / world()
                 if not partial.isfinite().all():
                     raise Fault(f"the loss is not finite at step {done}: try a smaller --lr. What was saved before "
                                 "stays")

@@ -123,14 +123,6 @@ def test_images_are_cropped_and_then_resized(tmp_path, wide):
     assert np.abs(got - (expected if wide else expected.T)[:, :, None]).max() <= 1
 
 
-def test_an_image_of_the_right_size_is_kept_pixel_by_pixel(tmp_path):
-    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
-    save(tmp_path / "a" / "0.png", pixels)
-    images, _ = everything(data.folder(tmp_path, 8))
-    assert np.array_equal(data.to_uint8(images)[0], pixels)
-    assert np.allclose(images[0, 2, 1, 5], pixels[1, 5, 2] / 127.5 - 1, atol=1e-6)
-
-
 def test_grey_images_have_one_channel_of_luma(tmp_path):
     pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
     save(tmp_path / "a" / "0.png", pixels)

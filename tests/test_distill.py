@@ -4,7 +4,6 @@ matching written by hand, x + (t' − t)·v, and a student's start is compared w
 import pytest
 import torch
 
-import data
 from distill import ard_loss, distill, make_student
 from model import HISTORIES, DiT, size
 from presets import COMMON
@@ -143,5 +142,3 @@ def test_settings_that_cannot_be():
     for wrong in (dict(trajectory="clean"), dict(told=[1.0]), dict(history_layers=7), dict(history="future")):
         with pytest.raises(Fault):
             make_student(teacher, ABOUT, SETTINGS | wrong)
-    with pytest.raises(Fault, match="1, 2, 4, 8"):
-        data.choose_marks(8, 3)

@@ -101,7 +101,7 @@ def test_several_runs_share_one_teacher(tmp_path):
     for name in ("a", "b", "c/a"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(ASSETS / "shapes-student.pt", tmp_path / name / "student.pt")
-    students, teacher, _ = load_runs([tmp_path / "a", tmp_path / "b"], None, torch.device("cpu"))
+    students, teacher = load_runs([tmp_path / "a", tmp_path / "b"], None, torch.device("cpu"))
     assert list(students) == ["a", "b"]
     assert {about["teacher"] for _, about in students.values()} == {fingerprint(teacher.state_dict())}
     with pytest.raises(Fault, match="two runs are called a"):

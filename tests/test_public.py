@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import data
 from distill import distill, make_student
@@ -16,6 +15,7 @@ from presets import STUDENTS, TEACHERS, choose
 from public import TIMES, TOLD
 from sample import few_step
 from teacher import PATHS, load_network, solve, write_trajectories
+from test_model import plain_dit
 from training import Fault, fingerprint
 
 
@@ -35,43 +35,14 @@ def public_dit(tmp_path_factory):
     return path
 
 
-def plain_dit(w, x, t, y, heads=6, patch=8):
-    """The public DiT's forward pass for one batch of latents, from its weights by name: (b, 8, 32, 32)."""
-    b, n, d = len(x), (32 // patch) ** 2, w["pos_embed"].shape[-1]
-    x = F.conv2d(x, w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=patch)
-    x = x.flatten(2).transpose(1, 2) + w["pos_embed"]
-    omega = torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    angles = t[:, None].float() * omega
-    c = torch.cat([angles.cos(), angles.sin()], 1)
-    c = F.linear(F.silu(F.linear(c, w["t_embedder.mlp.0.weight"], w["t_embedder.mlp.0.bias"])),
-                 w["t_embedder.mlp.2.weight"], w["t_embedder.mlp.2.bias"])
-    c = F.silu(c + w["y_embedder.embedding_table.weight"][y])
-
-    def norm(x, shift, scale):
-        return F.layer_norm(x, (d,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-    for i in range(12):
-        def linear(x, name, i=i):
-            return F.linear(x, w[f"blocks.{i}.{name}.weight"], w[f"blocks.{i}.{name}.bias"])
-        a = linear(c, "adaLN_modulation.1").chunk(6, 1)
-        qkv = linear(norm(x, a[0], a[1]), "attn.qkv").reshape(b, n, 3, heads, d // heads).permute(2, 0, 3, 1, 4)
-        weights = (qkv[0] @ qkv[1].transpose(-1, -2) / math.sqrt(d // heads)).softmax(-1)
-        x = x + a[2][:, None] * linear((weights @ qkv[2]).transpose(1, 2).reshape(b, n, d), "attn.proj")
-        x = x + a[5][:, None] * linear(F.gelu(linear(norm(x, a[3], a[4]), "mlp.fc1"), approximate="tanh"), "mlp.fc2")
-    a = F.linear(c, w["final_layer.adaLN_modulation.1.weight"], w["final_layer.adaLN_modulation.1.bias"]).chunk(2, 1)
-    x = F.linear(norm(x, *a), w["final_layer.linear.weight"], w["final_layer.linear.bias"])
-    side = 32 // patch
-    x = x.reshape(b, side, side, patch, patch, 8)
-    return torch.einsum("nhwpqc->nchpwq", x).reshape(b, 8, 32, 32)
-
-
 def plain_ddim(w, x, y):
     """The public sampler: 25 respaced times, guidance 1.5 on three channels, DDIM without noise (η = 0)."""
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     times = [round(k * 999 / 24) for k in range(25)]
     for i in range(24, -1, -1):
-        t = torch.full((2 * len(x),), times[i])
-        both = plain_dit(w, torch.cat([x, x]), t, torch.cat([y, torch.full_like(y, 1000)]))[:, :4]
-        cond, uncond = both.chunk(2)
+        t = torch.full((2 * len(x), 1), times[i])
+        both = plain_dit(w, torch.cat([x, x])[:, None], t, torch.cat([y, torch.full_like(y, 1000)]), [None] * 12, 8, 6)
+        cond, uncond = both[:, 0].chunk(2)
         eps = cond.clone()
         eps[:, :3] = uncond[:, :3] + 1.5 * (cond - uncond)[:, :3]
         bar, before = bars[times[i]], bars[times[i - 1]] if i else 1.0
