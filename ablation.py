@@ -76,7 +76,8 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
 
 class Bench:
     """Trains and judges students, which are whole settings, into `folder`: NAME/SEED.pt and .json. A name says where a
-    student differs from the preset's, so that students of several centres share the folder."""
+    student differs from the preset's, so that students of several centres share the folder: the change dict(steps=8)
+    means two students, both(), whose names are steps=8,history_layers=0 and steps=8."""
 
     def __init__(self, preset: dict, centre: dict, teacher, about: dict, trajectories: Path, folder: Path, device,
                  images: int, game: dict | None = None):

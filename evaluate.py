@@ -159,7 +159,7 @@ def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[s
     truth = teacher_states[:, [0, *marks]]  # (b, S + 1, c, h, w)
     if about["trajectory"] == "clean":
         grid = PATHS[about["path"]].grid(about["steps"]).to(truth.device)
-        truth = torch.cat([truth[:, :1], seen(about, teacher_states, grid)[:, marks - 1]], 1)
+        truth = torch.cat([truth[:, :1], seen(about, teacher_states, grid)[:, marks - 1]], 1)  # step k ends at mark k
     forced = predict(student, about, truth[:, :-1], y)
     return {name: rearrange((x - truth[:, 1:]).square(), "b s c h w -> s (b c h w)").mean(1).tolist()
             for name, x in (("forced", forced), ("own", own_states[:, 1:]))}

@@ -116,7 +116,7 @@ class Attention(nn.Module):
             F.scaled_dot_product_attention(block, visible(k, i, n, history), visible(v, i, n, history))
             for i, block in enumerate(queries, start=first)
         ]
-        return self.proj(rearrange(x, "s b h n d -> b s n (h d)"))
+        return self.proj(rearrange(x, "s b h n d -> b s n (h d)"))  # of a list, s, einops makes an axis
 
 
 class MLP(nn.Module):

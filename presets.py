@@ -5,6 +5,18 @@
     shapes64       the same at 64×64: minutes on a GPU
     cifar10        a folder of 32×32 images (--data), such as CIFAR-10: a GPU
     imagenet256    the paper's: DiT-XL/2 on the latents of 256×256 images; the teacher is the public one (--teacher)
+
+From them comes a network's `about`, the dict that says what it is, in its checkpoint and in every function:
+
+    kind, model                          "teacher" or "student"; the arguments of DiT
+    path, predicts                       the noise path, and what the teacher predicts
+    guidance, guided_channels, steps     the teacher's ODE: its guidance, of which channels, and its Euler steps
+    data, classes, training              what it learned from, and how
+    teacher                              of a student: the fingerprint of its teacher's weights
+    S, output, trajectory                its steps (here, in STUDENTS, they are called `steps`), and what it learned
+    marks, times, told                   the teacher's steps done at each of its S later states; the path times of all
+                                         its S + 1 states; the times that it is told at the first S
+    refined                              the second stage, if it had one
 """
 
 import public

@@ -59,10 +59,11 @@ def players(student, about: dict, discriminator, game: dict):
         discriminator.requires_grad_(False)
         leaf = image.detach().requires_grad_()
         judged = student_loss(look(discriminator, leaf, noise, y))
-        pull = (image * torch.autograd.grad(judged, leaf)[0]).sum()  # judged's gradients, without D in their graph
+        pull = (image * torch.autograd.grad(judged, leaf)[0]).sum()  # judged's gradients, without D in their graph,
+        same = pull - pull.detach() + judged.detach()  # … but not its value: that is put in here
         weight = playing[0] * balance(copying, pull, last, game["strength"])
         generated.append(image.detach())
-        return copying + weight * (pull - pull.detach() + judged.detach()), copying, judged, weight
+        return copying + weight * same, copying, judged, weight
 
     def heads_play(model, x, y, real, labels, noise, other_noise, playing):
         discriminator.requires_grad_(True)

@@ -481,7 +481,7 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
                 stop, late = everywhere(torch.tensor([stop, late], device=device).int(), "MAX").tolist()
             keep = stop or late or done == iterations
             if log or keep:
-                partial = everywhere(partial) / world()
+                partial = everywhere(partial) / world()  # each has the mean now, and goes on from it
                 if not partial.isfinite().all():
                     raise Fault(f"the loss is not finite at step {done}: try a smaller --lr. What was saved before "
                                 "stays")
