@@ -33,7 +33,7 @@ from public import MARKS, ODE, TIMES, TOLD
 from refine import players
 from sample import few_step, table
 from teacher import advance, solve
-from training import (Fault, Player, autocast, command, difference, fast_attention, make_folder, pick_device, positive,
+from training import (Fault, Player, autocast, command, difference, make_folder, pick_device, positive,
                       precision, save_json, strength, synchronise, whole)
 
 LATENT = dict(image_size=32, channels=4, classes=1000)  # of 256×256 images
@@ -150,42 +150,37 @@ def changed(model: DiT, **attributes) -> DiT:
     return twin
 
 
-def training_step(model, optimiser, batch: int, device, dense=False, compiled=False, bf16=False):
-    """A function that takes one step of ARD training on clean predictions, as the authors' is."""
-    forward = partial(dense_forward, model) if dense else model
-    if compiled:
-        forward = torch.compile(forward, dynamic=False)
-    x, y = torch.randn(batch, 5, 4, 32, 32, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-    told = torch.tensor(TOLD, device=device)
-
-    def step():
-        optimiser.zero_grad(set_to_none=True)
-        with fast_attention(device, bf16):
-            with autocast(device, bf16):
-                output = forward(x[:, :-1], told, y)
-            (output.float() - x[:, 1:]).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_([w for w in model.parameters() if w.requires_grad], 1.0)
-        optimiser.step()
-    return step
+def rows_of(jobs: dict, macs: dict, batch: int, device, repeats: int) -> dict[str, dict]:
+    """Measure jobs {name: function} that compute a `batch` with so many multiply-accumulates: rows {name: {"batch",
+    "peak_gib", "images" (a second), "ms" (an image), "tflops" (a second)}}."""
+    return {row: dict(batch=batch, peak_gib=peak_gib(jobs[row], device), images=batch / t, ms=1000 * t / batch,
+                      tflops=2 * macs[row] / t / 1e12) for row, t in seconds(jobs, device, repeats).items()}
 
 
 def measure_training(name: str, N: int, batch: int, variants: dict[str, dict], device, repeats: int) -> dict[str, dict]:
-    """Rows of training steps, {name: {"batch", "peak_gib", "images" (a second), "ms" (an image), "tflops" (a second)}},
-    for variants {name: {"N", "checkpointing", and arguments of training_step}}. All share one network and one
-    optimiser. Recomputation is not counted as work."""
+    """Rows of a step of ARD training on clean predictions, as the authors' is, for variants {name: {"N",
+    "checkpointing", "dense", "compiled", "bf16"}}. All share one network and one optimiser. Recomputation is not
+    counted as work."""
     torch._dynamo.reset()  # each measurement compiles for its own shapes
-    model = network(name, N, device)
-    optimiser = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=1e-4, weight_decay=0.0,
-                                  fused=device.type == "cuda")
-    steps, macs = {}, {}
-    for row, variant in variants.items():
-        variant = dict(variant)
-        twin = changed(model, history_layers=variant.pop("N", N), checkpointing=variant.pop("checkpointing", False))
-        steps[row] = training_step(twin, optimiser, batch, device, **variant)
-        macs[row] = 3 * batch * (dense_macs(twin, 4) if variant.get("dense") else twin.macs(4))  # backward costs two
-    times = seconds(steps, device, repeats)
-    return {row: dict(batch=batch, peak_gib=peak_gib(steps[row], device), images=batch / t, ms=1000 * t / batch,
-                      tflops=2 * macs[row] / t / 1e12) for row, t in times.items()}
+    model, told = network(name, N, device), torch.tensor(TOLD, device=device)
+    x, y = torch.randn(batch, 5, 4, 32, 32, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+
+    def loss(forward, x, y):
+        return (forward(x[:, :-1], told, y).float() - x[:, 1:]).square().mean()
+
+    def step(forward, bf16):
+        player.network = forward
+        player.step([(x, y)], 1.0, 1.0, device, bf16)
+
+    player, jobs, macs = Player(model, loss, 1e-4), {}, {}
+    for row, how in variants.items():
+        twin = changed(model, history_layers=how.get("N", N), checkpointing=how.get("checkpointing", False))
+        dense = how.get("dense", False)
+        forward = partial(dense_forward, twin) if dense else twin
+        forward = torch.compile(forward, dynamic=False) if how.get("compiled") else forward
+        jobs[row] = partial(step, forward, how.get("bf16", False))
+        macs[row] = 3 * batch * (dense_macs(twin, 4) if dense else twin.macs(4))  # backward costs two
+    return rows_of(jobs, macs, batch, device, repeats)
 
 
 def game_macs(model, heads: int, judged: str) -> int:
@@ -221,10 +216,8 @@ def measure_second_stage(name: str, N: int, batch: int, hidden: int, device, rep
     for judged in ("own", "forced"):
         losses = players(model, about, discriminator, dict(judged=judged, level=0.02, strength=1.0))
         jobs[f"R + G, {judged}"] = partial(step, losses)
-        macs[f"R + G, {judged}"] = game_macs(model, head_macs(discriminator.heads[0], model), judged)
-    times = seconds(jobs, device, repeats)
-    return {row: dict(batch=batch, peak_gib=peak_gib(jobs[row], device), images=batch / t, ms=1000 * t / batch,
-                      tflops=2 * batch * macs[row] / t / 1e12) for row, t in times.items()}
+        macs[f"R + G, {judged}"] = batch * game_macs(model, head_macs(discriminator.heads[0], model), judged)
+    return rows_of(jobs, macs, batch, device, repeats)
 
 
 def measure_sampling(name: str, N: int, batch: int, device, repeats: int, bf16: bool) -> dict[str, dict]:
@@ -236,16 +229,14 @@ def measure_sampling(name: str, N: int, batch: int, device, repeats: int, bf16: 
     def run(function, low, *inputs):
         with torch.no_grad(), autocast(device, low):
             function(*inputs, x, y)
-    jobs = {"ours": (partial(run, few_step, bf16, model, about), model.macs(4)),
-            "ours, N = 0": (partial(run, few_step, bf16, plain, about), plain.macs(4)),
-            "dense reference": (partial(run, dense_sample, False, model, about),
-                                sum(dense_macs(model, s) for s in range(1, 5)))}
-    slow = {"teacher, 25 steps": (partial(run, solve, bf16, plain, ODE), 50 * plain.macs(1))}
-    times = seconds({row: job for row, (job, _) in jobs.items()}, device, repeats)
-    times |= seconds({row: job for row, (job, _) in slow.items()}, device, max(1, repeats // 5))
-    return {row: dict(batch=batch, peak_gib=peak_gib((jobs | slow)[row][0], device), images=batch / t,
-                      ms=1000 * t / batch, tflops=2 * (jobs | slow)[row][1] * batch / t / 1e12)
-            for row, t in times.items()}
+    jobs = {"ours": partial(run, few_step, bf16, model, about),
+            "ours, N = 0": partial(run, few_step, bf16, plain, about),
+            "dense reference": partial(run, dense_sample, False, model, about)}
+    slow = {"teacher, 25 steps": partial(run, solve, bf16, plain, ODE)}
+    macs = {"ours": model.macs(4), "ours, N = 0": plain.macs(4), "teacher, 25 steps": 50 * plain.macs(1),
+            "dense reference": sum(dense_macs(model, s) for s in range(1, 5))}
+    macs = {row: batch * each for row, each in macs.items()}
+    return rows_of(jobs, macs, batch, device, repeats) | rows_of(slow, macs, batch, device, max(1, repeats // 5))
 
 
 # ---- 3. The bill ----------------------------------------------------------------------------------------------------
