@@ -90,8 +90,8 @@ def dense_sample(model, about, x_T, y):
 # ---- 2. Measuring ---------------------------------------------------------------------------------------------------
 
 def seconds(jobs: dict, device, repeats: int) -> dict[str, float]:
-    """The median time of each job, {name: function}, all of them in turn `repeats` times after a first round. What does
-    not fit into the device's memory is left out."""
+    """The median time of each job, {name: function}, all of them in turn `repeats` times after a first round. What
+    fails, since it does not fit into the device's memory or cannot be compiled, is left out."""
     times = {name: [] for name in jobs}
     for turn in range(repeats + 1):
         for name, job in jobs.items():
@@ -101,20 +101,24 @@ def seconds(jobs: dict, device, repeats: int) -> dict[str, float]:
             began = time.perf_counter()
             try:
                 job()
-            except torch.OutOfMemoryError:
-                print(f"{name}: not enough memory")
+            except RuntimeError as error:
+                print(f"{name}: {str(error).splitlines()[0]}")
                 del times[name]
+            if name not in times:
+                gc.collect()
                 torch.cuda.empty_cache()
                 continue
             synchronise(device)
             if turn:
                 times[name].append(time.perf_counter() - began)
+    if not times:
+        raise Fault("none of these can be measured here: try a smaller --batch and --sample-batch")
     return {name: statistics.median(t) for name, t in times.items()}
 
 
 def peak_gib(job, device) -> float | None:
-    """The most GPU memory allocated while `job` runs again, with what is there: weights, gradients, AdamW's moments.
-    None on a CPU."""
+    """The most GPU memory allocated while `job` runs again, with what is there: weights, gradients, AdamW's moments
+    (distill.py has the average and the teacher there, too). None on a CPU."""
     if device.type != "cuda":
         return None
     gc.collect()
@@ -129,7 +133,7 @@ def matrix_rate(device, dtype) -> float:
     """FLOP/s of a large product in a precision (float32 is TF32 on CUDA): the device's own best, as a yardstick."""
     m = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(m, m, device=device, dtype=dtype) for _ in range(2))
-    return 2 * m**3 / seconds({"": lambda: a @ b}, device, 20 if device.type == "cuda" else 5)[""]
+    return 2 * m**3 / seconds({"": lambda: a @ b}, device, 300 if device.type == "cuda" else 5)[""]
 
 
 def network(name: str, N: int, device) -> DiT:
@@ -174,10 +178,13 @@ def measure_training(name: str, N: int, batch: int, variants: dict[str, dict], d
 
     player, jobs, macs = Player(model, loss, 1e-4), {}, {}
     for row, how in variants.items():
+        dense, compiled = how.get("dense", False), how.get("compiled", False)
         twin = changed(model, history_layers=how.get("N", N), checkpointing=how.get("checkpointing", False))
-        dense = how.get("dense", False)
         forward = partial(dense_forward, twin) if dense else twin
-        forward = torch.compile(forward, dynamic=False) if how.get("compiled") else forward
+        if compiled and dense:
+            forward = torch.compile(forward, dynamic=False)
+        elif compiled:  # as Player does, but for this twin alone
+            vars(twin).update(blocks=[torch.compile(block, dynamic=False) for block in model.blocks])
         jobs[row] = partial(step, forward, how.get("bf16", False))
         macs[row] = 3 * batch * (dense_macs(twin, 4) if dense else twin.macs(4))  # backward costs two
     return rows_of(jobs, macs, batch, device, repeats)
@@ -245,10 +252,10 @@ RECIPE = dict(count=1_280_000, iterations=300_000, refining=REFINERS["imagenet25
 
 
 def bill(rates: dict[str, dict], count: int, iterations: int, refining: int, batch: int) -> dict[str, dict]:
-    """What distilling costs, {network and pixels: {column: value}}, from rates for each network in TFLOP/s, {"XL/2":
-    {"training", "sampling"}}, taken to hold at every size of image: `count` trajectories, `iterations` of a `batch`,
-    and `refining` of the second stage. Hours are of one device, without recomputation (with it, a third more); GiB, by
-    the count of stored activations, are for 16 images at a time: "GiB/16" without it, the others with it."""
+    """What distilling costs, {network and pixels: {column: value}}, from RATES for each network in TFLOP/s, {"XL/2":
+    {"training", …}}, taken to hold at every size of image: `count` trajectories, `iterations` of a `batch`, and
+    `refining` of the second stage. Hours are of one device, without recomputation (with it, a third more); GiB, by the
+    count of stored activations, are for 16 images at a time: "GiB/16" without it, the others with it."""
     rows, game = {}, REFINERS["imagenet256"]
     for name, rate in rates.items():
         for pixels in (256, 512, 1024, 4096, 8192):
@@ -270,7 +277,7 @@ def bill(rates: dict[str, dict], count: int, iterations: int, refining: int, bat
                 "distill h": iterations * batch * 3 * four / rate["training"] / 3600,
                 "GiB/16": (weights + 16 * model.activation_bytes(4, True)) / 2**30,
                 "recomputing": (weights + stored) / 2**30,
-                "R + G h": refining * batch * two / rate["training"] / 3600,
+                "R + G h": refining * batch * two / rate["refining"] / 3600,
                 "R + G GiB": (weights + stored + more) / 2**30,
                 "teacher ms": 1000 * 50 * one / rate["sampling"], "step ms": 1000 * 4 * one / rate["sampling"],
                 "ARD ms": 1000 * four / rate["sampling"], "teacher TFLOP": 50 * one, "step TFLOP": 4 * one,
@@ -284,7 +291,7 @@ COLUMNS = {"batch": "d", "images": ".2f", "ms": ".2f", "tflops": ".3f", "share":
 BILL = {"traj. h": ",.1f", "disk GB": ",.0f", "distill h": ",.1f", "GiB/16": ",.1f", "recomputing": ",.1f",
         "R + G h": ",.1f", "R + G GiB": ",.1f", "teacher ms": ",.0f", "step ms": ",.1f", "ARD ms": ",.1f",
         "teacher TFLOP": ",.2f", "step TFLOP": ",.3f", "ARD TFLOP": ",.3f", "history %": ".2f"}
-BILLED = ("S/2", "B/2", "L/2", "XL/2")
+BILLED, RATES = ("S/2", "B/2", "L/2", "XL/2"), ("training", "refining", "sampling")
 
 
 def jobs_of(args, device) -> dict:
@@ -300,7 +307,7 @@ def jobs_of(args, device) -> dict:
                      "dense, bf16, compiled": ours | dict(dense=True)}
     train = partial(measure_training, device=device, repeats=args.repeats)
     jobs = {"matrix rate": lambda: {str(dtype): dict(tflops=matrix_rate(device, dtype) / 1e12)
-                                    for dtype in {best, torch.float32}},
+                                    for dtype in dict.fromkeys((torch.float32, best))},
             f"training, {args.size}": lambda: train(args.size, N, args.batch, variants),
             f"sampling, {args.size}": lambda: measure_sampling(args.size, N, args.sample_batch, device, args.repeats,
                                                                low)}
@@ -315,7 +322,7 @@ def jobs_of(args, device) -> dict:
         for name in BILLED:
             layers = round(size(name)["depth"] * 6 / 28)
             jobs[f"rates, {name}"] = lambda name=name, layers=layers: {
-                "training": train(name, layers, args.batch, {"": ours})[""],
+                **train(name, layers, args.batch, {"training": ours, "refining": dict(bf16=low)}),
                 "sampling": measure_sampling(name, layers, args.sample_batch, device, 1, low)["teacher, 25 steps"]}
     return jobs
 
@@ -340,7 +347,7 @@ def main():
     head = ("{count:,} trajectories, {iterations:,} iterations of {batch}, {refining:,} of the second stage, on one "
             "device".format(**recipe))
     if args.bill:
-        rows = bill(dict.fromkeys(BILLED, dict(training=args.bill, sampling=args.bill)), **recipe)
+        rows = bill(dict.fromkeys(BILLED, dict.fromkeys(RATES, args.bill)), **recipe)
         print(f"{head} that does {args.bill:g} TFLOP/s", table(rows, BILL), sep="\n")
         save_json(make_folder(args.out) / "bill.json", dict(tflops=args.bill, **recipe, rows=rows))
         print(f"wrote {args.out / 'bill.json'}")

@@ -43,9 +43,7 @@ def predict(model, about: dict, history, y):
 
 def own_history(model, about: dict, x_T, y):
     """The states that a student feeds itself when it samples, (b, S, c, h, w); no gradient flows through them."""
-    states = few_step(model, about | dict(S=about["S"] - 1), x_T, y)  # what its last step makes, it does not read
-    torch.clear_autocast_cache()  # of weights in bfloat16 that were made without gradient
-    return states
+    return few_step(model, about | dict(S=about["S"] - 1), x_T, y)  # what its last step makes, it does not read
 
 
 def ard_loss(model, about: dict, x, y, own=0.0):

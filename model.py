@@ -68,6 +68,7 @@ class KVCache:
         self.seen = 0  # blocks read so far; DiT.forward counts
         self.buffers = {}  # layer -> (2, b, h, capacity * n, d)
 
+    @torch.compiler.disable  # compiled, it would be specialised to each layer
     def extend(self, layer, k, v, n: int):
         """Append the keys and values (b, h, s*n, d) of s new blocks of n tokens; return those of all the blocks so
         far."""

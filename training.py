@@ -152,7 +152,8 @@ def precision(device: torch.device, bf16: bool | None) -> torch.dtype:
 
 def autocast(device: torch.device, bf16: bool | None):
     """Matrix products in the `precision`, over float32 weights."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == torch.bfloat16)
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == torch.bfloat16,
+                          cache_enabled=False)  # copies of weights made without gradient would be used with it
 
 
 def fast_attention(device: torch.device, bf16: bool | None):
@@ -396,7 +397,11 @@ class Player:
         self.weights = [w for w in model.parameters() if w.requires_grad]
         fused = self.weights[0].device.type == "cuda"
         self.optimiser = torch.optim.AdamW(self.weights, lr=lr, weight_decay=0.0, fused=fused)
-        self.network = torch.compile(model) if compile else model
+        self.network = model
+        if compile:  # layer by layer: they share their graphs
+            torch._dynamo.reset()  # an earlier model's graphs count against the limit on recompilations
+            for layer in model.blocks:
+                layer.compile()
 
     def share(self, device):
         """From here on, backward() averages the gradients of all processes."""

@@ -95,7 +95,7 @@ def test_the_program_measures_once_and_then_remembers(tmp_path, monkeypatch, cap
 
 
 def test_the_bill_at_the_papers_setting():
-    rows = bill({"XL/2": dict(training=400.0, sampling=400.0)}, **RECIPE)
+    rows = bill({"XL/2": dict(training=400.0, refining=400.0, sampling=400.0)}, **RECIPE)
     row = rows["DiT-XL/2 at 256"]
     assert abs(row["disk GB"] - 52.4) < 0.1  # 1.28 million of five 4×32×32 arrays in float16
     assert abs(row["distill h"] - 300_000 * 184.3 / 400 / 3600) < 0.5  # 184.3 TFLOP a step of 64

@@ -137,6 +137,19 @@ def test_history_that_opens_late(tmp_path):
     assert late[1] != blind[1]
 
 
+def test_compiled_or_not(tmp_path, monkeypatch):
+    """Compiled layers compute the same, although some open on the way and the student samples."""
+    compile_layer = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="aot_eager"))
+    losses = []
+    for compile in (False, True):
+        settings = SETTINGS | dict(compile=compile, iterations=8, own=0.5, opens=0.5)
+        student, about = make_student(random_dit(), ABOUT, settings)
+        out = tmp_path / f"{compile}.pt"
+        losses.append(distill(student, about, FewTrajectories(), settings, out, torch.device("cpu"))[2])
+    assert torch.tensor(losses[1]).allclose(torch.tensor(losses[0]), rtol=1e-4)
+
+
 def test_settings_that_cannot_be():
     teacher = random_dit()
     for wrong in (dict(trajectory="clean"), dict(told=[1.0]), dict(history_layers=7), dict(history="future")):

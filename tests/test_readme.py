@@ -24,7 +24,7 @@ def test_tables_are_the_measured_ones():
         assert table(rows, benchmark.COLUMNS) in README, title
     bill = json.loads((ROOT / "assets/bill.json").read_text())
     assert table(bill["rows"], benchmark.BILL) in README
-    rates = dict.fromkeys(benchmark.BILLED, dict.fromkeys(("training", "sampling"), bill["tflops"]))
+    rates = dict.fromkeys(benchmark.BILLED, dict.fromkeys(benchmark.RATES, bill["tflops"]))
     again = benchmark.bill(rates, **benchmark.RECIPE)  # it is a count: anyone gets the same
     assert table(again, benchmark.BILL) in README
 
