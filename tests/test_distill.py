@@ -138,12 +138,12 @@ def test_history_that_opens_late(tmp_path):
 
 
 def test_compiled_or_not(tmp_path, monkeypatch):
-    """Compiled layers compute the same, although some open on the way and the student samples."""
+    """Compiled layers compute the same, in a step's one pass and in the student's own sampling with the cache."""
     compile_layer = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="aot_eager"))
     losses = []
     for compile in (False, True):
-        settings = SETTINGS | dict(compile=compile, iterations=8, own=0.5, opens=0.5)
+        settings = SETTINGS | dict(compile=compile, iterations=4, own=0.5)
         student, about = make_student(random_dit(), ABOUT, settings)
         out = tmp_path / f"{compile}.pt"
         losses.append(distill(student, about, FewTrajectories(), settings, out, torch.device("cpu"))[2])
