@@ -1,17 +1,18 @@
 """The ablation: what each choice is worth, one at a time, and where the history helps.
 
 A row changes the *centre*, which is the preset's student or what the flags make of it, in one setting. It is trained
-twice: with its history, and without (N = 0: step distillation), from the same weights, trajectories and batches. Of the
-second stage it is with a judge, and without (λ = 0). So every row has its control:
+twice: with its history, and without (N = 0: step distillation), from the same weights, trajectories and batches; a row
+of the second stage with a judge, and without (λ = 0). So every row has its control:
 
     centre            the preset itself
-    kind              what is learned and put out: states and a direction, states, or clean predictions
+    kind              what is learned and put out: states and a direction, states, or clean predictions, these also
+                      with history in all layers
     history           window, anchor, causal; `none` is the control
     history_layers    N: 1, a third, half, all of the layers
     steps             S: 1, 2, 4, 8
     step_heads        one output layer for all steps, or one for each
-    own               the share of training in which the student is fed its own history instead of its teacher's
-    opens             the share of training in which the history layers open, which starts as step distillation
+    own               the share of each batch that is fed the student's own history instead of its teacher's
+    opens             the share of training over which the history layers open; it starts as step distillation
     guidance          of the teacher, whose trajectories are written anew
     count             trajectories
     iterations        the length of training; the longest also has more trajectories
@@ -25,12 +26,13 @@ second stage it is with a judge, and without (λ = 0). So every row has its cont
     python ablation.py --trajectory clean --output state --history-layers 6           around another centre
     python ablation.py --teacher runs/nano/teacher.pt --out runs/ablation/nano        another teacher's students
 
-What has been done, in whatever order, is not done again. Table and figure, ablation.json and .png, show all the rows of
-this centre that are complete; a row that says nothing new is left out.
+What has been done, in whatever order, is not done again. Table and figure, ablation.json and .png (the name says where
+the centre was moved), show all its rows that are complete; a row that says nothing new is left out.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 from statistics import mean
 
@@ -53,7 +55,7 @@ SECOND = ("refine", "judging")  # factors of the second stage
 
 def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
     """{factor: its settings, each a change to the centre}. `depth`: the layers of the network. The setting `refine` is
-    itself one of changes, to the settings of the second stage."""
+    a dict of changes to the second stage's settings."""
     count, length, guidance = (centre[key] for key in ("count", "iterations", "guidance"))
     return {
         "centre": [{}],
@@ -76,8 +78,8 @@ def factors(centre: dict, depth: int) -> dict[str, list[dict]]:
 
 class Bench:
     """Trains and judges students, which are whole settings, into `folder`: NAME/SEED.pt and .json. A name says where a
-    student differs from the preset's, so that students of several centres share the folder: the change dict(steps=8)
-    means two students, both(), whose names are steps=8,history_layers=0 and steps=8."""
+    student differs from the preset's, so that students of several centres share the folder: dict(steps=8) is a row of
+    two students, "steps=8,history_layers=0" and "steps=8"."""
 
     def __init__(self, preset: dict, centre: dict, teacher, about: dict, trajectories: Path, folder: Path, device,
                  images: int, game: dict | None = None):
@@ -188,14 +190,15 @@ def spread(values: list[float], form: str) -> str:
 
 
 def ratio(without: list[dict], with_history: list[dict], measure: str) -> str:
-    """How many times larger a measure is without history, seed by seed. Where its smallest value with history is within
-    the range of these values, and so cannot be told from 0, a bound; nothing where even the other is not above 0."""
+    """How many times larger a measure is in the control, seed by seed. Where its smallest value with history is no
+    larger than the range of these values (max − min), and so hardly told from 0, a bound; nothing where a control's
+    value, or all the others, are not above 0."""
     pairs = [(a[measure], b[measure]) for a in without for b in with_history if a["seed"] == b["seed"]]
     others, own = zip(*pairs, strict=True) if pairs else ((0,), (0,))
     if min(others) <= 0 or max(own) <= 0:
         return ""
     if min(own) <= max(own) - min(own):
-        return f"> {min(others) / max(own):.1f}"
+        return f"> {math.floor(10 * min(others) / max(own)) / 10:.1f}"
     return spread([a / b for a, b in pairs], ".2f")
 
 
@@ -221,13 +224,13 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
                 if name == control:
                     title += ", λ = 0" if factor in SECOND else ", N = 0"
                 else:
-                    line["shuffled"] = spread([run["shuffled"] for run in runs], ".6f")
+                    line["shuffled"] = spread([run["shuffled"] / run["exposure"]["own"][-1] for run in runs], ".2f")
                     line |= {f"{key} ratio": ratio(pair[control], runs, key) for key in ("error", "above")}
                 lines[title] = line
             students |= pair
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
-          "shuffled: the error of 256 samples with another's history; ratios: how many times larger in the control\n")
+          "shuffled: how many times larger the error is with another sample's history; ratios: than in the row\n")
     moved = bench.name(bench.centre).replace("preset", "")
     out = out / f"ablation{',' * bool(moved)}{moved}.json"
     save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines,

@@ -47,13 +47,13 @@ def own_history(model, about: dict, x_T, y):
 
 
 def ard_loss(model, about: dict, x, y, own=0.0):
-    """The mean over the S steps of || x̂_{τ_{s-1}} − x_{τ_{s-1}} ||², teacher-forced.
+    """The mean over the S steps (and over samples and pixels) of ( x̂_{τ_{s-1}} − x_{τ_{s-1}} )², teacher-forced.
 
-    x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first: of states, or of clean predictions, which carry
-    the times of the states at their marks; y: (b,). The model reads the first S and is asked for the last S: the same
-    sequence, one step ahead. The first round(own·b) samples are fed the student's own history instead, as when it
-    samples, and asked for the teacher's states all the same (not in the paper; DAgger's idea, 1011.0686). Where a batch
-    is shared or in parts, it is the first of every part."""
+    x: (b, S + 1, c, h, w), a trajectory of the teacher's, x_T first: of states, or of clean predictions, which are
+    given the times of the states in whose place they stand; y: (b,). The model reads the first S and is asked for the
+    last S: the same sequence, one step ahead. The first round(own·b) samples are fed the student's own history instead,
+    as when it samples, and asked for the teacher's states all the same (not in the paper; DAgger's idea, 1011.0686).
+    Where a batch is shared or in parts, it is the first of every part."""
     history, target = x[:, :-1], x[:, 1:]  # (b, S, c, h, w)
     k = round(own * len(x))
     if k:
@@ -64,7 +64,7 @@ def ard_loss(model, about: dict, x, y, own=0.0):
 def make_student(teacher, about: dict, preset: dict):
     """A student that starts from the teacher: same architecture, same weights, and eyes for the past in the lowest
     layers. With `step_heads`, every step has its own copy of the output layer. Returns (model, its about, still
-    without the times that its trajectories give). Raises Fault for settings that cannot be."""
+    without what the trajectories say: distill() adds it). Raises Fault for settings that cannot be."""
     S = preset["steps"]
     if (preset["output"], preset["trajectory"]) == ("direction", "clean"):
         raise Fault("a direction leads from one state to the next, and clean predictions are no states: "
@@ -92,7 +92,7 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     fed = {key: preset[key] for key in ("own", "opens")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
     about = about | {key: meta[key] for key in ("teacher", "guidance", "guided_channels", "steps")} | dict(
-        marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each of the S states
+        marks=[meta["marks"][i - 1] for i in trajectories.marks],  # teacher's steps done at each state after x_T
         times=trajectories.times, told=preset["told"] or [float(path.told(t)) for t in trajectories.times[:-1]],
         training=dict(**fit, **fed, seed=seed, count=len(trajectories), noise=meta["seed"]))
 
@@ -100,8 +100,8 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     student.checkpointing = recompute(preset, student, about["S"], device)
     N, opening = student.history_layers, preset["opens"] * fit["iterations"]
 
-    def batch_of(step):
-        student.history_layers = N if step >= opening else int(N * step / opening)  # they open one by one, from below
+    def batch_of(step):  # … and the layers that are open then
+        student.history_layers = N if step >= opening else int(N * step / opening)  # from below
         return trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
 
     config = about["model"]
@@ -119,16 +119,16 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
 def student_flags(add):
     """The flags that say what a student is and what it learns from; `add` is a parser's add_argument."""
     add("--count", type=positive, help="trajectories to train on")
-    add("--steps", type=positive, help="the student's steps S: 1, 2, 4 or 8")
+    add("--steps", type=positive, help="the student's steps S: 1, 2, 4 or 8 (imagenet256: 1, 2 or 4)")
     add("--history", choices=HISTORIES, help="which earlier states a state may read")
     add("--history-layers", type=whole, help="in how many of the lowest layers; 0 is step distillation")
     add("--trajectory", choices=("states", "clean"), help="learn the states themselves, or the clean predictions")
     add("--output", choices=("direction", "state"), help="put out what the Euler step needs, or the next state itself")
     add("--step-heads", action=argparse.BooleanOptionalAction,
         help="an output layer for each step instead of one for all")
-    add("--own", type=share, help="share of the samples that are fed the student's own history in training")
+    add("--own", type=share, help="share of each batch that is fed the student's own history in training")
     add("--opens", type=share,
-        help="share of the training in which the history layers open, one by one (default: 0, all open at the start)")
+        help="share of the training in which the history layers open, one by one, the last at its end (default: 0)")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
 
 
@@ -137,7 +137,7 @@ def find_trajectories(teacher, about: dict, args, preset: dict, folder: Path, de
     Raises Fault where they are not what the student needs."""
     there = data.read_meta(folder) or {}
     solver = COMMON | TEACHERS[args.preset] | there
-    data.choose_marks(len(solver["marks"] or range(MARKS)), preset["steps"])
+    data.choose_marks(len(solver["marks"] or range(MARKS)), preset["steps"])  # refuses before the work
     if solver["keep"] not in ("both", preset["trajectory"]):
         raise Fault(f"of these trajectories the {solver['keep']} alone are kept: use --trajectory {solver['keep']}, or "
                     "write others: teacher.py trajectories --keep both")

@@ -6,7 +6,7 @@ Distillation (ARD, arXiv 2504.11295) reads *all so far*, its history, and says w
 
     teacher   x of shape (b, 1, c, h, w): a trajectory of one state; history_layers = 0
     student   x of shape (b, s, c, h, w): s states, the *blocks* of its sequence, of n tokens each
-              (a block is always that, except in the names `Block` and `blocks`: the public DiT's, for its layers)
+              (a block is always that, except in the public DiT's names for its layers: `Block`, `DiT.blocks`)
 
 The student differs from Peebles & Xie's DiT (arXiv 2212.09748) in two ways, and starts from the teacher's weights:
 
@@ -66,9 +66,9 @@ class KVCache:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.seen = 0  # blocks read so far; DiT.forward counts
-        self.buffers = {}  # layer -> (2, b, h, capacity * n, d)
+        self.buffers = {}  # Attention -> keys and values, (2, b, h, capacity * n, d)
 
-    @torch.compiler.disable  # compiled, it would be specialised to each layer
+    @torch.compiler.disable  # compiled, its look-up would cost a graph for each layer
     def extend(self, layer, k, v, n: int):
         """Append the keys and values (b, h, s*n, d) of s new blocks of n tokens; return those of all the blocks so
         far."""
@@ -84,8 +84,8 @@ class KVCache:
 
 
 def visible(keys, i: int, n: int, history: str):
-    """The keys (or values) that block i may read, out of those of all blocks, (b, h, s*n, d). Slices, hence no
-    copies, except for `anchor`, whose two blocks are not neighbours."""
+    """The keys (or values) that block i may read, out of those of the blocks so far, (b, h, s*n, d); `history` is not
+    "none". Slices, hence no copies, except for `anchor`, whose two blocks are no neighbours in general."""
     if history == "causal" or i == 0:
         return keys[:, :, : (i + 1) * n]
     if history == "window":
@@ -117,7 +117,7 @@ class Attention(nn.Module):
             F.scaled_dot_product_attention(block, visible(k, i, n, history), visible(v, i, n, history))
             for i, block in enumerate(queries, start=first)
         ]
-        return self.proj(rearrange(x, "s b h n d -> b s n (h d)"))  # of a list, s, einops makes an axis
+        return self.proj(rearrange(x, "s b h n d -> b s n (h d)"))  # einops stacks the list: axis s
 
 
 class MLP(nn.Module):
@@ -137,8 +137,8 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """A transformer layer whose LayerNorms take shift, scale and gate from the condition c = time + label
-    (adaLN-zero)."""
+    """A transformer layer. The condition c = time + label shifts and scales what its LayerNorms give, and gates what
+    attention and MLP add (adaLN-zero)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -149,7 +149,7 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, history: str = "none", cache: KVCache | None = None):
-        six = rearrange(self.adaLN_modulation(c), "b s (six d) -> six b s 1 d", six=6)  # once per block, not per token
+        six = rearrange(self.adaLN_modulation(c), "b s (six d) -> six b s 1 d", six=6)  # once per state, not per token
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = six
         x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), history, cache)
         x = x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -252,12 +252,12 @@ class DiT(nn.Module):
         x = rearrange(x, "(b s) d h w -> b s (h w) d", b=b) + self.pos_embed  # (b, s, n, width)
         c = self.condition(t, y)
 
-        for layer, block in enumerate(self.blocks):
-            history = self.history if layer < self.history_layers else "none"
+        for i, layer in enumerate(self.blocks):
+            history = self.history if i < self.history_layers else "none"
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, history, cache, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, c, history, cache, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, c, history, cache)
+                x = layer(x, c, history, cache)
             if features is not None:
                 features.append(x)
 
@@ -275,7 +275,7 @@ class DiT(nn.Module):
 
     def macs(self, blocks: int = 1) -> int:
         """Multiply-accumulates of reading a trajectory of that many blocks, for one image: 118.6 G for DiT-XL/2 (which
-        papers call FLOPs). With a cache or without, the work is the same."""
+        papers call FLOPs) and one block. It is the same in one pass and with a cache, one block at a time."""
         n, d, depth = self.grid**2, self.width, len(self.blocks)
         out = self.final_layer.linear.out_features
         tokens = n * (self.channels * self.patch**2 * d + depth * 12 * d * d + d * out)  # qkv 3, proj 1, MLP 8

@@ -6,14 +6,14 @@
     cifar10        a folder of 32×32 images (--data), such as CIFAR-10: a GPU
     imagenet256    the paper's: DiT-XL/2 on the latents of 256×256 images; the teacher is the public one (--teacher)
 
-From them comes a network's `about`, the dict that says what it is, in its checkpoint and in every function:
+From them comes a network's `about`, the dict that stands in its checkpoint and is passed along with it:
 
     kind, model                          "teacher" or "student"; the arguments of DiT
     path, predicts                       the noise path, and what the teacher predicts
     guidance, guided_channels, steps     the teacher's ODE: its guidance, of which channels, and its Euler steps
     data, classes, training              what it learned from, and how
     teacher                              of a student: the fingerprint of its teacher's weights
-    S, output, trajectory                its steps (here, in STUDENTS, they are called `steps`), and what it learned
+    S, output, trajectory                its own steps (called `steps` in STUDENTS and by --steps), and what it learned
     marks, times, told                   the teacher's steps done at each of its S later states; the path times of all
                                          its S + 1 states; the times that it is told at the first S
     refined                              the second stage, if it had one
@@ -22,9 +22,9 @@ From them comes a network's `about`, the dict that says what it is, in its check
 import public
 
 # What presets have in common unless they say otherwise. First how a training runs, which has no bearing on its result
-# but for rounding; then the learning rate's schedule, the share of a student's own history in its training, and over
-# which share of it the history layers open; then what the ODE of the public DiT has of its own, and what is kept of
-# trajectories.
+# but for rounding; then the learning rate's schedule, the share of each batch that is fed the student's own history,
+# and the share of the training over which the history layers open; then what the ODE of the public DiT has of its own,
+# and what is kept of trajectories.
 COMMON = dict(bf16=True, checkpointing="auto", accumulate=1, compile=False,
               schedule="cosine", own=0.0, opens=0.0, guided_channels=None, marks=None, keep="both")
 
@@ -68,7 +68,8 @@ STUDENTS = {
         told=public.TOLD, iterations=300000, batch=64, lr=1e-4, decay=0.9999, schedule="constant"),
 }
 
-# The second stage of a student: how its images are judged, and how it and the heads are trained.
+# The second stage of a student (points have none): how its images are judged, and how it and the heads are trained.
+# `alone`: first steps without the judge; `strength`: the factor of λ.
 GAME = dict(judged="own", level=0.02, strength=1.0, alone=200, heads_lr=3e-3, hidden=64)
 REFINERS = {
     "shapes": GAME | dict(iterations=1000, batch=64, lr=1e-4, decay=0.99),

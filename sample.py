@@ -34,7 +34,7 @@ def few_step(model, about: dict, x_T, y, shuffle: bool = False):
     """A student's trajectory, (b, S + 1, c, h, w): x_T first, its image last. x_T: (b, c, h, w); y: (b,).
 
     `shuffle` is a control: every step reads its own state, but the *history of another sample* of the batch. A
-    student that makes use of its history must get worse. (It runs without the cache, on all the states so far.)"""
+    student that makes use of its history should get worse. (It runs without the cache, on all the states so far.)"""
     times = torch.tensor(about["times"], device=x_T.device)  # (S + 1,)
     told = torch.tensor(about["told"], device=x_T.device)  # (S,): the times as the network hears them
     states, cache = [x_T], KVCache(about["S"])
@@ -54,11 +54,11 @@ def seen(about: dict, states, times):
     Euler step aimed at, from x = α·x̂_0 + σ·ε̂ before and after the step. Shows coarse become fine, which noisy
     states hide."""
     path, t, t_next = PATHS[about["path"]], times[:-1], times[1:]
-    a, s, a_next, s_next = (over(f(t_), states) for t_ in (t, t_next) for f in (path.alpha, path.sigma))
-    return (s * states[:, 1:] - s_next * states[:, :-1]) / (s * a_next - s_next * a)
+    α, σ, α_next, σ_next = (over(f(t_), states) for t_ in (t, t_next) for f in (path.alpha, path.sigma))
+    return (σ * states[:, 1:] - σ_next * states[:, :-1]) / (σ * α_next - σ_next * α)
 
 
-# ---- four ways from the same noise ----------------------------------------------------------------------------------
+# ---- up to four ways from the same noise ----------------------------------------------------------------------------
 
 HELD_OUT = 2**34  # the seed of the noises on which students are judged; none is trained or tuned on it
 
@@ -66,7 +66,7 @@ HELD_OUT = 2**34  # the seed of the noises on which students are judged; none is
 def methods(teacher, student, about: dict, name="student") -> dict:
     """{name: (network calls, (x_T, y) -> states)}: the teacher at its full steps, the teacher at the student's S
     steps, the student and, where it has a history, the control: the student whose history is shuffled across the
-    batch. The student's `about` says which ODE of its teacher's it has learned, too."""
+    batch. Guidance and steps of the teacher's ODE are those that the student has learned, in its `about`."""
     S, full, twice = about["S"], about["steps"], 1 if about["guidance"] == 1 else 2  # guidance takes two calls a step
     ways = {
         f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, about, x_T, y, full)[1]),

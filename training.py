@@ -9,8 +9,8 @@ The rules that the rest of the project relies on:
     loads with `weights_only=True`.
   - A batch is a function of (seed, step), so a run that was interrupted and started again takes the very same steps.
   - Under `torchrun`, the processes share each batch, rank 0 alone prints and writes checkpoints, and the losses are
-    those of one process with the same batch, where a loss is a mean over it. A run may continue with another number
-    of processes.
+    those of one process with the same batch, where a loss is a mean over it (own histories and the second stage's λ
+    look at a part of it). A run may continue with another number of processes.
   - The user's mistakes are `Fault`s: one line, exit status 1, no traceback. Ctrl-C finishes the step, saves, and
     exits with 130.
 """
@@ -153,7 +153,7 @@ def precision(device: torch.device, bf16: bool | None) -> torch.dtype:
 def autocast(device: torch.device, bf16: bool | None):
     """Matrix products in the `precision`, over float32 weights."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision(device, bf16) == torch.bfloat16,
-                          cache_enabled=False)  # copies of weights made without gradient would be used with it
+                          cache_enabled=False)  # or bfloat16 weights made under no_grad get no gradient later
 
 
 def fast_attention(device: torch.device, bf16: bool | None):
@@ -194,7 +194,7 @@ def world() -> int:
 
 
 def everywhere(tensor, op="SUM"):
-    """A tensor of every process, reduced (in its place) to what all then know: their "SUM", or their "MAX"."""
+    """All-reduce a tensor in its place, to the "SUM" or the "MAX" of all processes, and return it."""
     if world() > 1:
         dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
     return tensor
@@ -349,21 +349,21 @@ def fingerprint(weights: dict) -> str:
 
 @contextmanager
 def interrupts():
-    """Within this context, Ctrl-C (or SIGTERM) is only noted in the list that it gives, so that a step is never left
-    half done; asked twice, it stops at once."""
+    """Within this context, a first Ctrl-C (or SIGTERM) is only noted, in the list that it gives, so that the step can
+    be finished; a second one stops at once."""
     asked = []
 
-    def ask(number, _):
+    def ask(which, _):
         if asked:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(which)
 
-    old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {which: signal.signal(which, ask) for which in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for which, handler in old.items():
+            signal.signal(which, handler)
 
 
 def learning_rate(step: int, iterations: int, warmup: int, schedule: str) -> float:
@@ -398,14 +398,14 @@ class Player:
         fused = self.weights[0].device.type == "cuda"
         self.optimiser = torch.optim.AdamW(self.weights, lr=lr, weight_decay=0.0, fused=fused)
         self.network = model
-        if compile:  # layer by layer: they share their graphs
+        if compile:  # each layer by itself: having the same code, they share graphs
             torch._dynamo.reset()  # an earlier model's graphs count against the limit on recompilations
             for layer in model.blocks:
                 layer.compile()
 
     def share(self, device):
         """From here on, backward() averages the gradients of all processes."""
-        torch._dynamo.config.optimize_ddp = False  # its way of cutting the graph does not go with checkpointing
+        torch._dynamo.config.optimize_ddp = False  # DDP's way of cutting a compiled graph fails with checkpointing
         self.network = DistributedDataParallel(self.network, device_ids=[device] if device.type == "cuda" else None,
                                                gradient_as_bucket_view=True)
 
@@ -432,7 +432,7 @@ class Player:
 def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations, batch, lr, decay=0.999, warmup=100,
           schedule="cosine", clip=1.0, bf16=False, accumulate=1, compile=False, save_seconds=None, log_every=50,
           rival: Player | None = None, verdict=lambda losses: None):
-    """Minimise loss_of(model, *batch_of(step)) (see Player); return the averaged model and the means of what it gives,
+    """Minimise loss_of(model, *batch_of(step)) (see Player); return the averaged model and the means of the values,
     [(step, loss, …), …]. `model` is on its device and holds its starting weights.
     Saves to `out` and continues from it; a finished run is not run again. `about` describes the training: another one
     at `out` is a Fault, and is not overwritten. `batch` is for the rate in the progress line only.
