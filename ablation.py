@@ -34,7 +34,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import data
 from distill import distill, make_student, student_flags
@@ -230,7 +230,7 @@ def report(bench: Bench, rows: dict[str, list[dict]], out: Path):
             students |= pair
     print("", table(lines, dict.fromkeys(COLUMNS, "")), "", sep="\n")
     print("mean ± half the range over seeds; above: Fréchet distance above the teacher's (small classifier, not FID);\n"
-          "shuffled: how many times larger the error is with another sample's history; ratios: than in the row\n")
+          "shuffled: how many times larger the error is with another sample's history; ratios: in the control\n")
     moved = bench.name(bench.centre).replace("preset", "")
     out = out / f"ablation{',' * bool(moved)}{moved}.json"
     save_json(out, dict(centre=bench.centre, images=bench.images, device=str(bench.device), lines=lines,
@@ -248,6 +248,9 @@ def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Pat
 
     page = Figure((1.2 + 2.1 * len(found), 5.6), layout="tight")
     axes = page.subplots(2, len(found), squeeze=False, sharey="row")
+    usual = median(abs(run["above"]) for runs in students.values() for run in runs)
+    axes[0, 0].set_yscale("log")  # of the whole row
+    axes[1, 0].set_yscale("symlog", linthresh=usual)
     for column, (factor, values) in zip(axes.T, found.items(), strict=True):
         for axis, measure in zip(column, ("error", "above"), strict=True):
             for which, name in enumerate(("control", "as named")):
@@ -255,8 +258,6 @@ def draw(found: dict[str, list[dict]], students: dict[str, list[dict]], out: Pat
                 axis.plot(range(len(runs)), [mean(seeds) for seeds in runs], color=f"C{which}", label=name)
                 for x, seeds in enumerate(runs):
                     axis.plot([x] * len(seeds), seeds, "o", color=f"C{which}", markersize=4, alpha=0.7)
-            wide = max(run["above"] for runs in students.values() for run in runs) > 10
-            axis.set_yscale("log" if measure == "error" else "symlog" if wide else "linear")
             axis.set_xticks(range(len(values)), [""] * len(values))
         column[0].set_title(factor, fontsize=10)
         column[1].set_xticks(range(len(values)), [value["value"] or "preset" for value in values], fontsize=8,

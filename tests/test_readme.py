@@ -33,11 +33,13 @@ def test_the_short_table_says_what_the_ablation_says():
     for title, name, row in (
             ("points: clean predictions, N = 6 of 6", "points", "centre"),
             ("points: states, direction, N = 6 of 6", "points", "kind states, direction"),
+            ("points: states, state, N = 6 of 6", "points", "kind states, state"),
             ("shapes: states, direction, N = 1 of 6", "shapes", "centre"),
             ("shapes: states, state, N = 1 of 6", "shapes", "kind states, state"),
             ("shapes: clean predictions, N = 6 of 6", "shapes", "kind clean, state, N = 6"),
             ("shapes: clean predictions, N = 6 of 6, own 0.5", "shapes-clean-own", "centre"),
-            ("shapes: clean predictions, N = 6 of 6, four times as long", "shapes-clean-long", "centre")):
+            ("shapes: clean predictions, N = 6 of 6, four times as long, twice the trajectories", "shapes-clean-long",
+             "centre")):
         lines = json.loads((ROOT / f"assets/ablation-{name}.json").read_text())["lines"]
         control = f"{row.removesuffix(', N = 6')}, N = 0"
         few, without, with_history = lines["teacher, 4 steps"], lines[control], lines[row]
