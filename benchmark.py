@@ -180,11 +180,10 @@ def measure_training(name: str, N: int, batch: int, variants: dict[str, dict], d
     for row, how in variants.items():
         dense, compiled = how.get("dense", False), how.get("compiled", False)
         twin = changed(model, history_layers=how.get("N", N), checkpointing=how.get("checkpointing", False))
+        if compiled and not dense:  # as Player does, but for this twin alone
+            twin = changed(twin, blocks=[torch.compile(block, dynamic=False) for block in model.blocks])
         forward = partial(dense_forward, twin) if dense else twin
-        if compiled and dense:
-            forward = torch.compile(forward, dynamic=False)
-        elif compiled:  # as Player does, but for this twin alone
-            vars(twin).update(blocks=[torch.compile(block, dynamic=False) for block in model.blocks])
+        forward = torch.compile(forward, dynamic=False) if compiled and dense else forward
         jobs[row] = partial(step, forward, how.get("bf16", False))
         macs[row] = 3 * batch * (dense_macs(twin, 4) if dense else twin.macs(4))  # backward costs two
     return rows_of(jobs, macs, batch, device, repeats)
