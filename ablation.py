@@ -24,7 +24,7 @@ of the second stage with a judge, and without (λ = 0). So every row has its con
     python ablation.py --preset points --seeds 3          first: python teacher.py --preset points
     python ablation.py --part 1/2                         one of two processes that share the trainings and the folder
     python ablation.py --trajectory clean --output state --history-layers 6           around another centre
-    python ablation.py --teacher runs/nano/teacher.pt --out runs/ablation/nano        another teacher's students
+    python ablation.py --teacher runs/mine/teacher.pt --out runs/ablation/mine        another teacher's students
 
 What has been done, in whatever order, is not done again. Table and figure, ablation.json and .png (the name says where
 the centre was moved), show all its rows that are complete; a row that says nothing new is left out.
