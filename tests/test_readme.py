@@ -38,6 +38,7 @@ def test_the_short_table_says_what_the_ablation_says():
             ("shapes: states, state, N = 1 of 6", "shapes", "kind states, state"),
             ("shapes: clean predictions, N = 6 of 6", "shapes", "kind clean, state, N = 6"),
             ("shapes: clean predictions, N = 6 of 6, own 0.5", "shapes-clean-own", "centre"),
+            ("shapes: clean predictions, N = 6 of 6, own 0.5, twice as long", "shapes-clean-own-long", "centre"),
             ("shapes: clean predictions, N = 6 of 6, four times as long, twice the trajectories", "shapes-clean-long",
              "centre")):
         lines = json.loads((ROOT / f"assets/ablation-{name}.json").read_text())["lines"]
