@@ -71,6 +71,8 @@ def make_student(teacher, about: dict, preset: dict):
                     "use --output state, or --trajectory states")
     if preset["told"] and len(preset["told"]) != S:
         raise Fault(f"--told has {len(preset['told'])} times, and the student takes {S} steps: give one for each")
+    if preset["opens"] == 1:
+        raise Fault("--opens 1 would open the last history layer when the training is over: use less")
     config = about["model"] | {key: preset[key] for key in ("history", "history_layers")}
     config["step_heads"] = S if preset["step_heads"] else 1
     try:
@@ -128,7 +130,7 @@ def student_flags(add):
         help="an output layer for each step instead of one for all")
     add("--own", type=share, help="share of each batch that is fed the student's own history in training")
     add("--opens", type=share,
-        help="share of the training in which the history layers open, one by one, the last at its end (default: 0)")
+        help="share of the training in which the history layers open, one by one, below 1 (default: 0)")
     add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
 
 

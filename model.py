@@ -70,8 +70,7 @@ class KVCache:
 
     @torch.compiler.disable  # compiled, its look-up would cost a graph for each layer
     def extend(self, layer, k, v, n: int):
-        """Append the keys and values (b, h, s*n, d) of s new blocks of n tokens; return those of all the blocks so
-        far."""
+        """Append the keys and values (b, h, s*n, d) of s new blocks of n tokens; return those of all so far."""
         start, stop = self.seen * n, self.seen * n + k.shape[2]
         if stop > self.capacity * n:
             raise ValueError(f"a cache for {self.capacity} blocks cannot take {k.shape[2] // n} after {self.seen}")

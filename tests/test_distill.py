@@ -152,6 +152,7 @@ def test_compiled_or_not(tmp_path, monkeypatch):
 
 def test_settings_that_cannot_be():
     teacher = random_dit()
-    for wrong in (dict(trajectory="clean"), dict(told=[1.0]), dict(history_layers=7), dict(history="future")):
+    for wrong in (dict(trajectory="clean"), dict(told=[1.0]), dict(opens=1.0), dict(history_layers=7),
+                  dict(history="future")):
         with pytest.raises(Fault):
             make_student(teacher, ABOUT, SETTINGS | wrong)
