@@ -263,11 +263,11 @@ def bill(rates: dict[str, dict], count: int, iterations: int, refining: int, bat
             with torch.device("meta"):
                 model = DiT(**LATENT | dict(image_size=latent), **settings, learn_sigma=True, history_layers=N)
                 head = Head(model.width, game["hidden"])
-            weights = 20 * sum(w.numel() for w in model.parameters())  # weight, gradient, AdamW's two, average
+            weights = 24 * sum(w.numel() for w in model.parameters())  # weight, gradient, AdamW's two, average; teacher
             one, four = 2 * model.macs(1) / 1e12, 2 * model.macs(4) / 1e12
             two = 2 * game_macs(model, head_macs(head, model), game["judged"]) / 1e12
-            # Besides the student's there are the teacher's weights, the heads', and the activations of an image.
-            more = weights / 5 + 16 * len(model.blocks) * sum(w.numel() for w in head.parameters())
+            # The second stage also has the heads' weights, and the activations of an image.
+            more = 16 * len(model.blocks) * sum(w.numel() for w in head.parameters())
             more += 16 * model.activation_bytes(1, True)
             stored = 16 * model.activation_bytes(4, True, checkpointing=True)
             rows[f"DiT-{name} at {pixels}"] = {
@@ -385,6 +385,8 @@ def main():
     if args.bill is not None:
         rates = {title.removeprefix("rates, "): {kind: row["tflops"] for kind, row in rows.items()}
                  for title, rows in results.items() if title.startswith("rates, ")}
+        # What could not be measured, such as compiled training without a compiler, goes at the rate of what could.
+        rates = {name: dict.fromkeys(RATES, next(iter(rate.values()))) | rate for name, rate in rates.items()}
         there["bill"] = bill(rates, **recipe)
         save_json(file, there)
         print(f"\n{head} such as this", table(there["bill"], BILL), sep="\n")

@@ -264,9 +264,13 @@ def read_meta(folder: Path) -> dict | None:
 def is_whole(folder: Path, meta: dict, number: int) -> bool:
     """Whether a shard is there, and neither damaged, nor cut short, nor grown."""
     file, size = Path(folder) / f"{number:05d}.npy", min(SHARD, meta.get("count", math.inf) - number * SHARD)
+    if not file.exists():
+        return False
     try:
         rows = np.load(file, mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
+    except OSError:  # no permission: nothing that writing again would put right
+        raise
+    except Exception:  # a damaged header makes np.load raise all sorts of things
         return False
     return (rows.shape, rows.dtype) == ((size,), record(meta)) and file.stat().st_size == rows.offset + rows.nbytes
 
@@ -300,10 +304,13 @@ def start_shards(folder: Path, meta: dict, count: int, part: tuple[int, int] = (
     elif there != meta:
         raise Fault(f"{folder} holds other trajectories or latents: {difference(there, meta)}. "
                     "Choose another folder, or remove that one")
-    todo = [i for i in range(math.ceil(count / SHARD)) if i % part[1] == part[0] and not is_whole(folder, meta, i)]
+    mine = range(part[0], math.ceil(count / SHARD), part[1])
+    todo = [i for i in mine if not is_whole(folder, meta, i)]
     for i in todo:
         if (folder / f"{i:05d}.npy").exists():
             print(f"{folder}/{i:05d}.npy is damaged: writing it again")
+    if 0 < len(todo) < len(mine):
+        print(f"{folder} holds {len(mine) - len(todo):,} of {len(mine):,} shards: going on with the others")
     wait_for_all()  # so that all see the same
     return todo[rank()::world()]
 

@@ -68,7 +68,6 @@ class KVCache:
         self.seen = 0  # blocks read so far; DiT.forward counts
         self.buffers = {}  # Attention -> keys and values, (2, b, h, capacity * n, d)
 
-    @torch.compiler.disable  # compiled, its look-up would cost a graph for each layer
     def extend(self, layer, k, v, n: int):
         """Append the keys and values (b, h, s*n, d) of s new blocks of n tokens; return those of all so far."""
         start, stop = self.seen * n, self.seen * n + k.shape[2]
@@ -227,9 +226,8 @@ class DiT(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))
         nn.init.zeros_(self.x_embedder["proj"].bias)
-        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (self.y_embedder["embedding_table"], self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         heads = [getattr(self, name) for name in self.head_names]
         for zero in [layer.adaLN_modulation[1] for layer in [*self.blocks, *heads]] + [head.linear for head in heads]:
             nn.init.zeros_(zero.weight)
@@ -271,6 +269,14 @@ class DiT(nn.Module):
             cache.seen += s
         x = rearrange(x, "b s (h w) (p q c) -> b s c (h p) (w q)", h=self.grid, p=self.patch, q=self.patch)
         return x[:, :, : self.channels]  # (b, s, c, h, w)
+
+    def compile_layers(self):
+        """torch.compile, for each layer by itself: having the same code, they share graphs. But not the cache's code,
+        whose look-up would cost a graph for each. (It is kept out here, not by a decorator, which would load the
+        compiler whenever a program starts.)"""
+        KVCache.extend = torch.compiler.disable(KVCache.extend)
+        for layer in self.blocks:
+            layer.compile()
 
     def macs(self, blocks: int = 1) -> int:
         """Multiply-accumulates of reading a trajectory of that many blocks, for one image: 118.6 G for DiT-XL/2 (which

@@ -30,8 +30,11 @@ def adapt(content: dict, path: Path) -> dict:
     weights = content.get("ema", content)  # a training checkpoint, or the weights alone
     try:
         config = configuration(weights)
-    except (KeyError, AttributeError, TypeError, ValueError):
+    except (KeyError, AttributeError, TypeError, ValueError, IndexError, ZeroDivisionError):
         raise Fault(f"{path} is neither a checkpoint of this project nor a public DiT of a known size") from None
+    if config["step_heads"] not in (1, len(TOLD)):
+        raise Fault(f"{path} has {config['step_heads']} output layers: a public DiT has 1, the authors' student "
+                    f"{len(TOLD)}")
     about = dict(kind="teacher", model=config, **ODE, data="latents",
                  classes=[str(i) for i in range(config["classes"])], training=dict(iterations=0, source=path.name))
     if config["step_heads"] > 1:
@@ -60,9 +63,12 @@ def from_diffusers(folder: Path) -> dict:
     if (folder / "transformer").is_dir():  # a whole pipeline's
         folder = folder / "transformer"
     try:
-        network = optional("diffusers").DiTTransformer2DModel.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise Fault(f"{folder} is no DiT of diffusers ({str(error).splitlines()[0]})") from None
+        load = optional("diffusers").DiTTransformer2DModel.from_pretrained
+        network, found = load(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Fault(f"{folder} is no DiT of diffusers ({' '.join(str(error).split())[:200]})") from None
+    if found["missing_keys"]:  # diffusers warns only, and puts random weights there
+        raise Fault(f"{folder} lacks weights of its DiT: {found['missing_keys'][0]}")
     theirs, depth = network.state_dict(), network.config.num_layers
     names = {"pos_embed.proj": "x_embedder.proj",
              "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -77,7 +83,7 @@ def from_diffusers(folder: Path) -> dict:
             if f"{a}.{kind}" in theirs}
     for i in range(depth):
         for kind in ("weight", "bias"):
-            ours[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(
-                [theirs[f"transformer_blocks.{i}.attn1.to_{x}.{kind}"] for x in "qkv"])
+            qkv = [theirs.get(f"transformer_blocks.{i}.attn1.to_{x}.{kind}") for x in "qkv"]
+            ours |= {f"blocks.{i}.attn.qkv.{kind}": torch.cat(qkv)} if qkv[0] is not None else {}
     width, _, patch, _ = ours["x_embedder.proj.weight"].shape
     return ours | {"pos_embed": sincos_positions(network.config.sample_size // patch, width)}

@@ -216,6 +216,8 @@ def load_network(path, kind, device="cpu"):
     """The averaged model of a checkpoint, ready to use, and its `about`. Raises Fault (see load_checkpoint)."""
     path = Path(path)
     if (path / "config.json").exists() or (path / "transformer").is_dir():
+        if kind == "student":
+            raise Fault(f"{path} holds a teacher, and a student is needed")
         checkpoint = public.adapt(public.from_diffusers(path), path)
     else:
         checkpoint = load_checkpoint(path, kind, foreign=public.adapt)

@@ -23,10 +23,11 @@ import json
 import math
 import os
 import re
+import secrets
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -275,15 +276,23 @@ def make_folder(path: str | Path) -> Path:
 
 def replace_file(path: Path, write):
     """Call write(file) on a temporary neighbour, then rename it to `path`: a reader sees the old file or the whole
-    new one."""
+    new one. Neighbours that killed writers of this file left behind, ten minutes ago or more, are removed."""
     path = writable(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f".{path.name}.*.part"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink()
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # no process id: machines may share the folder
     try:
         with open(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind an error of its own
+            raise error.__context__ from None
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -398,10 +407,9 @@ class Player:
         fused = self.weights[0].device.type == "cuda"
         self.optimiser = torch.optim.AdamW(self.weights, lr=lr, weight_decay=0.0, fused=fused)
         self.network = model
-        if compile:  # each layer by itself: having the same code, they share graphs
+        if compile:
             torch._dynamo.reset()  # an earlier model's graphs count against the limit on recompilations
-            for layer in model.blocks:
-                layer.compile()
+            model.compile_layers()
 
     def share(self, device):
         """From here on, backward() averages the gradients of all processes."""

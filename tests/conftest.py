@@ -4,7 +4,19 @@ threads that wait for one another cost more than they bring (OMP_NUM_THREADS=1 i
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module")
+def few_shapes():
+    """A data set of 300 shapes in place of 50,000, which take seconds to draw."""
+    import data
+
+    draw = data.shapes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", lambda count, *words: draw(min(count, 300), *words))
+        yield

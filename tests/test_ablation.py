@@ -67,7 +67,7 @@ def test_ratio():
     assert of({0: 6.0}, {0: -1.0}) == of({0: -6.0}, {0: 1.0}) == of({0: 6.0}, {1: 1.0}) == ""
 
 
-def test_the_second_stage_starts_from_the_first(tmp_path, monkeypatch):
+def test_the_second_stage_starts_from_the_first(tmp_path, monkeypatch, few_shapes):
     """Both students of a row, from the same one of the first stage, which is trained once."""
     class Indifferent:
         def __init__(self, *_, **__):

@@ -55,7 +55,7 @@ def fill_in(command: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
+def good(tmp_path_factory, few_shapes):
     """A folder with a finished run, a second teacher and broken files. Shards of 8 trajectories: they are quick."""
     folder = tmp_path_factory.mktemp("good")
     make_teacher(folder / "teacher.pt", seed=1)

@@ -1,5 +1,5 @@
-"""What a newcomer does: distil from the shipped teacher, sample, evaluate; each as its own process, in an empty folder.
-The training is cut very short; the shipped student shows what the full one gives."""
+"""What a newcomer does: distil from the shipped teacher and sample; train a teacher, distil, evaluate. Each as its own
+process, in an empty folder. Trainings are cut very short; the shipped student shows what a full one gives."""
 
 import json
 import subprocess
@@ -21,11 +21,10 @@ def run(folder, script, *words):
     return done.stdout
 
 
-def test_distil_sample_evaluate(tmp_path):
+def test_distil_sample(tmp_path):
     short = ("--count", 256, "--iterations", 12, "--batch", 16)
     said = run(tmp_path, "distill.py", *short)
     assert "writing 256 trajectories" in said
-    first = (tmp_path / "runs/shapes/student.pt").read_bytes()
     rows = json.loads((tmp_path / "runs/shapes/result.json").read_text())["rows"]
     assert list(rows) == ["teacher, 24 steps", "teacher, 4 steps", "student, 4 steps", "student, history shuffled"]
     assert [row["calls"] for row in rows.values()] == [48, 8, 4, 4]
@@ -35,13 +34,20 @@ def test_distil_sample_evaluate(tmp_path):
     run(tmp_path, "sample.py", "runs/shapes/student.pt", "--count", 4)
     assert (tmp_path / "runs/samples/grid.png").exists()
 
-    said = run(tmp_path, "evaluate.py", "runs/shapes", "--count", 300)
+
+def test_train_a_teacher_distil_evaluate(tmp_path):
+    """In the plane, where it takes seconds."""
+    short = ("--preset", "points", "--iterations", 12)
+    run(tmp_path, "teacher.py", *short)
+    run(tmp_path, "distill.py", *short, "--count", 256)
+    student = (tmp_path / "runs/points/student.pt").read_bytes()
+    said = run(tmp_path, "evaluate.py", "runs/points", "--count", 300)
     result = json.loads((tmp_path / "runs/evaluation/evaluation.json").read_text())
-    assert set(result["exposure"]) == {"shapes"}
+    assert set(result["exposure"]) == {"points"}
     for row in result["rows"]:
         assert row in said
     assert {"evaluation.png", "samples.png"} <= {path.name for path in (tmp_path / "runs/evaluation").iterdir()}
-    assert (tmp_path / "runs/shapes/student.pt").read_bytes() == first
+    assert (tmp_path / "runs/points/student.pt").read_bytes() == student
 
 
 def test_the_shipped_student_is_close_to_its_teacher():

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-from data import shapes
 from evaluate import Classifier, Judge, attention, costs_of, exposure_bias, features, load_runs
 from sample import few_step
 from teacher import ASSETS, load_network, solve
@@ -60,13 +59,12 @@ def test_attention_is_that_of_a_masked_softmax(history):
     torch.testing.assert_close(torch.tensor(shares[0]), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_judge(tmp_path, monkeypatch):
+def test_judge(tmp_path, monkeypatch, few_shapes):
     """It takes the teacher's images for what they are, notices one that is not finite, and asks for enough."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/classifiers").mkdir(parents=True)
     teacher, about = load_network(ASSETS / "shapes-teacher.pt", "teacher")
     monkeypatch.setattr("evaluate.train_classifier", lambda *args: Classifier(3, 16, 10))
-    monkeypatch.setattr("data.shapes", lambda count, size, seed: shapes(min(count, 300), size, seed))
     judge = Judge(teacher, about | dict(steps=2), 300, torch.device("cpu"))
     row = judge(lambda x_T, y: solve(teacher, about, x_T, y, 2)[1], "the same")
     assert row == judge.best and row["error"] == row["above"] == 0

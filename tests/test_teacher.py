@@ -331,15 +331,20 @@ def test_count_limits_what_is_used(written):
     assert len(data.Trajectories(folder, fingerprint(teacher.state_dict()), 4, count=10)) == 10
 
 
-@pytest.mark.parametrize("damage", [lambda shard: shard[:len(shard) // 2], lambda shard: shard + shard])
-def test_a_shard_of_the_wrong_length_is_written_again_and_others_are_left_alone(written, damage, capsys):
+@pytest.mark.parametrize("damage", [
+    lambda shard: shard[:len(shard) // 2], lambda shard: shard + shard, lambda shard: b"",  # a wrong length
+    lambda shard: bytes(40) + shard[40:], lambda shard: shard[:40] + bytes(len(shard) - 40),  # a wrong header
+    lambda shard: b"PK\x03\x04" + shard[4:], lambda shard: shard.replace(b"<f2", b"<i2", 1),
+])
+def test_a_damaged_shard_is_written_again_and_others_are_left_alone(written, damage, capsys):
     teacher, folder = written
     shards = sorted(folder.glob("*.npy"))
     assert len(shards) == 3
     contents, written_at = [f.read_bytes() for f in shards], [f.stat().st_mtime_ns for f in shards]
     shards[1].write_bytes(damage(contents[1]))
     write_trajectories(teacher, ABOUT, folder, 24, CPU, seed=3)
-    assert f"{shards[1]} is damaged: writing it again" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{shards[1]} is damaged: writing it again\n{folder} holds 2 of 3 shards: going on with the others" in said
     assert [f.read_bytes() for f in shards] == contents
     assert [shards[i].stat().st_mtime_ns for i in (0, 2)] == [written_at[i] for i in (0, 2)]
     assert sorted(f.name for f in folder.iterdir()) == ["00000.npy", "00001.npy", "00002.npy", "meta.json"]

@@ -8,6 +8,7 @@ import io
 import math
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -243,6 +244,33 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
     replace_file(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [lambda file: torch.save({"w": torch.ones(1_000_000)}, file),
+                                   lambda file: file.write(bytes(4_000_000))])
+@pytest.mark.parametrize("room", [0, 100, 1_000_000, 3_999_999])
+def test_a_full_disk_is_an_error_that_says_so(tmp_path, write, room):
+    """A limit on the size of files stands in for it."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            replace_file(path, write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_writer_left_is_removed_in_time(tmp_path):
+    left, others = tmp_path / ".file.0a.part", [tmp_path / ".file.0b.part", tmp_path / ".other.0a.part"]
+    for file in (left, *others):
+        file.touch()
+    for file in (left, others[1]):  # the other one of this file is being written now, for all we know
+        os.utime(file, (0, 0))
+    replace_file(tmp_path / "file", lambda file: file.write(b"new"))
+    assert {*tmp_path.iterdir()} == {tmp_path / "file", *others}
 
 
 def saved(content, **options) -> bytes:
