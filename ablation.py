@@ -40,7 +40,7 @@ import data
 from distill import distill, make_student, student_flags
 from evaluate import Judge, exposure_bias
 from model import HISTORIES
-from presets import COMMON, REFINERS, STUDENTS, TEACHERS
+from presets import COMMON, REFINERS, STUDENTS, TEACHERS, flips
 from refine import refine
 from sample import HELD_OUT, few_step, table
 from teacher import find_teacher, solve, write_trajectories
@@ -96,6 +96,8 @@ class Bench:
         """The two students of a row, without and with history; the same one where there is no history to read. Of the
         second stage: without and with a judge."""
         student = self.centre | change
+        if len(student["told"] or ()) != student["steps"]:
+            student["told"] = None  # the centre's are for its own number of steps
         if "refine" in change:
             return student | dict(refine=dict(strength=0.0)), student
         without = student | dict(history_layers=0, history=self.preset["history"], opens=0.0)
@@ -155,12 +157,16 @@ class Bench:
 
     def results(self, settings: dict) -> list[dict]:
         """What was found of a student, of every seed there is. Raises Fault where it stands on another basis."""
-        rows = [json.loads(file.read_text()) for file in sorted(self.file(settings, 0).parent.glob("*.json"))]
+        rows = []
+        for file in sorted(self.file(settings, 0).parent.glob("*.json")):
+            try:
+                rows.append(dict(json.loads(file.read_text())))
+            except (ValueError, TypeError):
+                raise Fault(f"{file} is damaged: remove it, and this student is trained again") from None
         for row in rows:
-            if row["basis"] != self.basis(settings):
-                different = difference(row["basis"], self.basis(settings))
-                raise Fault(f"{self.folder} holds results of another basis: {different}. "
-                            "Choose another --out")
+            if row.get("basis") != self.basis(settings):
+                different = difference(row.get("basis", {}), self.basis(settings))
+                raise Fault(f"{self.folder} holds results of another basis: {different}. Choose another --out")
         return rows
 
     def teachers(self, S: int) -> dict:
@@ -299,7 +305,7 @@ def main():
     chosen = list(rows) if args.factors is None else args.factors
     if unknown := set(chosen) - set(rows):
         raise Fault(f"no factor {unknown.pop()!r}: choose from {', '.join(rows)}")
-    game = COMMON | REFINERS.get(args.preset, {}) | dict(flip=TEACHERS[args.preset]["flip"])
+    game = COMMON | REFINERS.get(args.preset, {}) | dict(flip=flips(about, args.preset))
     bench = Bench(preset, centre, teacher, about, trajectories, out, device, args.images, game)
     wanted = {bench.name(one): one for factor in chosen for change in rows[factor] for one in bench.both(change)}
     for student in (one for changes in rows.values() for change in changes for one in bench.both(change)):

@@ -363,7 +363,7 @@ def main():
         raise Fault(str(error)) from None
     file = make_folder(args.out) / "benchmark.json"
     machine = dict(device=torch.cuda.get_device_name(device) if device.type == "cuda" else
-                   f"CPU, {torch.get_num_threads()} threads", torch=torch.__version__,
+                   f"{device.type.upper()}, {torch.get_num_threads()} threads", torch=torch.__version__,
                    **{key: getattr(args, key) for key in (*defaults, "hidden")})
     there = json.loads(file.read_text()) if file.exists() else dict(machine=machine, results={})
     if there["machine"] != machine:

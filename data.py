@@ -18,7 +18,9 @@ import colorsys
 import io
 import json
 import math
+import struct
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -83,6 +85,14 @@ def noise_and_labels(about: dict, seed: int, indices) -> tuple[torch.Tensor, tor
     noise = np.stack([rng.standard_normal(image_shape(about), dtype=np.float32) for rng in streams])
     labels = [int(rng.integers(about["model"]["classes"])) for rng in streams]
     return torch.from_numpy(noise).half().float(), torch.tensor(labels)
+
+
+def must_be(about: dict, dataset: Dataset):
+    """Raises Fault where a data set has other classes than the network that `about` describes, or another size."""
+    known = about["classes"] != [str(i) for i in range(len(about["classes"]))]  # a public teacher's are but numbers
+    same = (len(dataset.classes), list(dataset.shape)) == (len(about["classes"]), image_shape(about))
+    if not same or known and dataset.classes != about["classes"]:
+        raise Fault("these images are of other classes, or another size, than the network's: check --preset and --data")
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------------
@@ -175,7 +185,9 @@ def read_image(path: Path, size: int, channels: int) -> np.ndarray:
         with Image.open(path) as image:
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            with suppress(struct.error):  # an odd tag beside that of how the picture lies: taken as it is
+                image = ImageOps.exif_transpose(image)
+            image = image.convert("RGB" if channels == 3 else "L")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Fault(f"cannot read the image {path} ({str(error).splitlines()[0]}): repair it or remove it") from None
     side = min(image.size)
@@ -208,6 +220,8 @@ def read_images(paths, size: int, channels: int):
 def folder(root: str | Path, size: int, channels: int = 3, flip: bool = True, split: str = "train") -> Dataset:
     """The images of ROOT/<class>/, but for those kept for testing; or, with split="test", just these. Raises Fault, see
     list_images and read_image."""
+    if channels not in (1, 3):
+        raise Fault(f"{root} is no folder of latents, which this network works on: python data.py latents makes them")
     classes, files = list_images(root)
     chosen = [(path, label) for path, label, test in files if test == (split == "test")]
     if not chosen:
@@ -227,7 +241,7 @@ def load(name: str, size: int, channels: int = 3, flip: bool = False, split: str
         return shapes(count, size, seed)
     if name == "points":
         return points(count, seed)
-    if read_meta(name):
+    if "vae" in (read_meta(name) or {}):
         return Latents(name, split)
     return folder(name, size, channels, flip, split)
 
@@ -258,7 +272,8 @@ def read_meta(folder: Path) -> dict | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError):
-        raise Fault(f"{folder}/meta.json is damaged: remove the folder and write it again") from None
+        raise Fault(f"{folder}/meta.json is damaged, or another program's: choose another folder, or remove this file "
+                    "with all that was written beside it") from None
 
 
 def is_whole(folder: Path, meta: dict, number: int) -> bool:
@@ -280,7 +295,7 @@ class Shards:
     open at a time, since a large folder has more than a process may open."""
 
     def __init__(self, folder: Path, meta: dict):
-        numbers = sorted(int(file.stem) for file in Path(folder).glob("[0-9]*.npy"))
+        numbers = sorted(int(file.stem) for file in Path(folder).glob("[0-9]*.npy") if file.stem.isdecimal())
         self.files = [Path(folder) / f"{i:05d}.npy" for i in numbers if is_whole(folder, meta, i)]
         self.open = lru_cache(maxsize=256)(partial(np.load, mmap_mode="r"))
 
@@ -309,8 +324,8 @@ def start_shards(folder: Path, meta: dict, count: int, part: tuple[int, int] = (
     for i in todo:
         if (folder / f"{i:05d}.npy").exists():
             print(f"{folder}/{i:05d}.npy is damaged: writing it again")
-    if 0 < len(todo) < len(mine):
-        print(f"{folder} holds {len(mine) - len(todo):,} of {len(mine):,} shards: going on with the others")
+    if todo:
+        print(f"writing {len(todo):,} of {len(mine):,} shards of {SHARD}, into {folder}")
     wait_for_all()  # so that all see the same
     return todo[rank()::world()]
 

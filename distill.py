@@ -31,8 +31,8 @@ from model import HISTORIES, DiT
 from presets import COMMON, STUDENTS, TEACHERS, choose
 from sample import compare, few_step, figure, table
 from teacher import MARKS, PATHS, advance, find_teacher, write_trajectories
-from training import (Fault, command, export, fingerprint, load_weights, make_folder, pick_device, positive, precision,
-                      rank, recompute, save_json, share, train, training_flags, whole)
+from training import (Fault, command, export, fingerprint, load_weights, make_folder, number, part_size, pick_device,
+                      positive, precision, rank, recompute, save_json, share, train, training_flags, whole)
 
 
 def predict(model, about: dict, history, y):
@@ -71,8 +71,11 @@ def make_student(teacher, about: dict, preset: dict):
                     "use --output state, or --trajectory states")
     if preset["told"] and len(preset["told"]) != S:
         raise Fault(f"--told has {len(preset['told'])} times, and the student takes {S} steps: give one for each")
-    if preset["opens"] == 1:
-        raise Fault("--opens 1 would open the last history layer when the training is over: use less")
+    if preset["opens"] * preset["iterations"] > preset["iterations"] - 1:
+        raise Fault(f"--opens {preset['opens']:g} would open the last history layer when the training is over: less")
+    if preset["own"] and not round(preset["own"] * part_size(preset["batch"], preset["accumulate"])):
+        raise Fault(f"--own {preset['own']:g} of so small a part of a batch is no sample: choose a larger --batch, or "
+                    "a smaller --accumulate")
     config = about["model"] | {key: preset[key] for key in ("history", "history_layers")}
     config["step_heads"] = S if preset["step_heads"] else 1
     try:
@@ -131,7 +134,9 @@ def student_flags(add):
     add("--own", type=share, help="share of each batch that is fed the student's own history in training")
     add("--opens", type=share,
         help="share of the training in which the history layers open, one by one, below 1 (default: 0)")
-    add("--told", type=float, nargs="+", help="the times the student is told, one a step (default: the states' own)")
+    add("--told", type=number(float, 0, 1000), nargs="+", metavar="TIME",
+        help="the times that the student is told, one a step (default: the states' own; those of the authors' code for "
+             "imagenet256 with 4 steps)")
 
 
 def find_trajectories(teacher, about: dict, args, preset: dict, folder: Path, device) -> data.Trajectories:
@@ -175,6 +180,9 @@ def main():
     device, runs, preset = pick_device(args.device), Path("runs") / args.preset, choose(STUDENTS, args)
     out = make_folder(args.out or runs)
     began = time.time()
+    if args.told is None and len(preset["told"] or ()) != preset["steps"]:
+        preset["told"] = None  # the preset's are for its own number of steps
+    part_size(preset["batch"], preset["accumulate"])  # refuses before the work
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
     student, about = make_student(teacher, teacher_about, preset)
     trajectories = find_trajectories(teacher, teacher_about, args, preset, args.trajectories or runs / "trajectories",

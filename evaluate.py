@@ -19,6 +19,7 @@ Tables go to the screen and evaluation.json (protocol.json); the pictures are ev
 
 import argparse
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +61,14 @@ class Classifier(nn.Module):
 
 
 def train_classifier(dataset: data.Dataset, about: dict, folder: Path, device, iterations=800, batch=128):
-    """The classifier of a data set, from `folder` if it has been trained before."""
+    """The classifier of a data set, from `folder` if it has been trained before. Raises Fault where there is nothing to
+    tell apart."""
+    if len(dataset.classes) < 2:
+        raise Fault("distances are taken in the features of a classifier, and these images are of one class")
     c, h, _ = dataset.shape
     name = re.sub(r"\W+", "-", about["data"]).strip("-")
     config = dict(channels=c, image_size=h, classes=len(dataset.classes))
-    out = writable(Path(folder) / f"{name}-{c}x{h}.pt")
+    out = writable(Path(folder) / f"{name}-{c}x{h}-{len(dataset)}.pt")
     torch.manual_seed(0)
     model = Classifier(**config).to(device)
 
@@ -102,6 +106,7 @@ class Judge:
         self.about, self.count, self.device, self.bf16 = about, count, device, bf16
         kind = (source or about["data"], about["model"]["image_size"], about["model"]["channels"])
         train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=count)
+        data.must_be(about, train_set)
         if min(len(held_out), count) < 200:
             raise Fault(f"64 features need at least 200 images of each kind, and there are {len(held_out)} real ones "
                         f"kept for testing, to be compared with {count}: take more, or another data set")
@@ -110,9 +115,9 @@ class Judge:
         self.real, predicted = features(self.classifier, real_images)
         self.right = (predicted == real_labels).double().mean().item()
         self.rows = {"other real images": self.distances(*train_set.some(len(self.real)))}
-        if cache and cache.exists():
+        try:
             images, labels = torch.load(cache, weights_only=True)
-        else:
+        except Exception:  # none, not there, or damaged
             images, labels = self.generate(lambda x_T, y: solve(teacher, about, x_T, y)[1], "teacher")
             if cache:
                 replace_file(cache, lambda file: torch.save((images, labels), file))
@@ -227,22 +232,30 @@ def load_runs(runs: list[Path], teacher_path: Path | None, device):
     students = {}
     for run in runs:
         path = run if run.suffix == ".pt" else run / "student.pt"
-        name = path.parent.name if path.name == "student.pt" else path.stem
+        name = path.resolve().parent.name if path.name == "student.pt" else path.stem
         if name in students:
             raise Fault(f"two runs are called {name}, and a table cannot tell them apart: rename one")
+        if name.startswith("teacher") or "shuffled" in name:
+            raise Fault(f"a run called {name} would be taken for another row of the table: rename it")
         students[name] = load_network(path, "student", device)
-    wanted = {tuple(about[key] for key in ("teacher", "guidance", "steps")) for _, about in students.values()}
+    wanted = {tuple(about.get(key) for key in ("teacher", "guidance", "steps", "guided_channels"))
+              for _, about in students.values()}
     if len(wanted) > 1:
         raise Fault("these runs have different teachers, or trajectories of different guidance or steps: "
                     "evaluate them one at a time")
-    [(fingerprint_wanted, _, _)] = wanted
-    places = [runs[0] / "teacher.pt", *Path("runs").glob("*/teacher.pt"), *ASSETS.glob("*-teacher.pt")]
-    for place in [teacher_path] if teacher_path else filter(Path.exists, places):
-        model, _ = load_network(place, "teacher", device)
-        if fingerprint(model.state_dict()) == fingerprint_wanted:
+    [(fingerprint_wanted, *_)] = wanted
+    if teacher_path:
+        model, _ = load_network(teacher_path, "teacher", device)
+        if fingerprint_wanted in (None, fingerprint(model.state_dict())):  # None: the authors' files do not say
             return students, model
-    raise Fault(f"{teacher_path} is not the teacher of {runs[0]}" if teacher_path else
-                f"the teacher of {runs[0]} was not found: name it with --teacher")
+        raise Fault(f"{teacher_path} is not the teacher of {runs[0]}")
+    beside = runs[0].parent if runs[0].suffix == ".pt" else runs[0]
+    for place in (beside / "teacher.pt", *Path("runs").glob("*/teacher.pt"), *ASSETS.glob("*-teacher.pt")):
+        with suppress(Fault):  # not there, or damaged: it may be another
+            model, _ = load_network(place, "teacher", device)
+            if fingerprint(model.state_dict()) == fingerprint_wanted:
+                return students, model
+    raise Fault(f"the teacher of {runs[0]} was not found: name it with --teacher")
 
 
 def draw(curves: dict[str, dict], shares: dict[str, list], out: Path):

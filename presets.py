@@ -80,6 +80,11 @@ REFINERS = {
 }
 
 
+def flips(about: dict, preset: str) -> bool:
+    """Whether the teacher that `about` describes has seen mirrored images; a public one, as its preset has it."""
+    return about["training"].get("flip", TEACHERS[preset]["flip"])
+
+
 def choose(table: dict, args) -> dict:
     """The settings of args.preset with the flags that were given (those not None) put over them."""
     preset = COMMON | table[args.preset]

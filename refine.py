@@ -30,7 +30,7 @@ import torch
 import data
 from discriminator import GROUP, MOST, Discriminator, balance, heads_loss, student_loss
 from distill import find_trajectories, own_history, predict, report
-from presets import GAME, REFINERS, TEACHERS, choose
+from presets import GAME, REFINERS, choose, flips
 from teacher import PATHS, find_teacher, load_network, over
 from training import (Fault, Player, command, fingerprint, make_folder, pick_device, positive, precision, rank,
                       recompute, share, strength, train, training_flags, whole, world, writable)
@@ -83,10 +83,7 @@ def fits(about: dict, dataset: data.Dataset, preset: dict):
                     f"groups of {GROUP}, which the heads compare: choose another --batch or --accumulate")
     if preset["iterations"] <= preset["alone"]:
         raise Fault(f"in the first {preset['alone']} steps nobody judges: choose fewer (--alone), or more --iterations")
-    images = (len(dataset.classes), list(dataset.shape))
-    known = about["classes"] != [str(i) for i in range(len(about["classes"]))]  # a public teacher's are but numbers
-    if images != (len(about["classes"]), data.image_shape(about)) or known and dataset.classes != about["classes"]:
-        raise Fault("these images are of other classes, or another size, than the student's: check --preset and --data")
+    data.must_be(about, dataset)
 
 
 def refine(student, about: dict, teacher, trajectories: data.Trajectories, dataset: data.Dataset, preset: dict,
@@ -178,7 +175,9 @@ def main():
         raise Fault(f"no student at {start}: make one, python distill.py --preset {args.preset}, or name one, --from")
     student, about = load_network(start, "student", device)
     dataset = data.load(args.data or about["data"], about["model"]["image_size"], about["model"]["channels"],
-                        flip=TEACHERS[args.preset]["flip"])
+                        flip=flips(teacher_about, args.preset))
+    if about["teacher"] != fingerprint(teacher.state_dict()):
+        raise Fault(f"{start} is another teacher's student: name its own, --teacher")
     fits(about, dataset, preset)  # better refused before the work
     args.count = args.count or about["training"].get("count")  # as many as it has learned
     learned = preset | dict(steps=about["S"], trajectory=about["trajectory"])

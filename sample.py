@@ -26,7 +26,7 @@ from metrics import write_npz
 from model import KVCache
 from teacher import ASSETS, PATHS, advance, load_network, over, solve
 from training import (Fault, Progress, autocast, command, gather, machine_flags, make_folder, pick_device, positive,
-                      rank, strength, synchronise, whole, world, writable)
+                      rank, strength, synchronise, wait_for_all, whole, world, writable)
 
 
 @torch.no_grad()
@@ -60,7 +60,9 @@ def seen(about: dict, states, times):
 
 # ---- up to four ways from the same noise ----------------------------------------------------------------------------
 
-HELD_OUT = 2**34  # the seed of the noises on which students are judged; none is trained or tuned on it
+# Seeds of noise. Trajectories, what students learn from, have the first (0, 1, …); these are for noises never seen.
+HELD_OUT = 2**34  # on which students are judged; none is trained or tuned on it
+FRESH = 2**35  # from here on, those of this program's --seed
 
 
 def methods(teacher, student, about: dict, name="student") -> dict:
@@ -168,7 +170,8 @@ def main():
     add("checkpoint", type=Path, nargs="?", default=ASSETS / "shapes-student.pt", help="student or teacher (.pt)")
     add("--count", type=positive, default=64, help="images (default: 64)")
     add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn (default: random)")
-    add("--seed", type=whole, default=0, help="same seed, same images, at any --batch (default: 0)")
+    add("--seed", type=whole, default=0,
+        help="same seed, same images, at any --batch; from no noise that a student has learned from (default: 0)")
     add("--steps", type=positive, help="a teacher's Euler steps (default: its own; a student has its fixed number)")
     add("--guidance", type=strength, help="a teacher's guidance (default: its own; a student has it built in)")
     add("--out", type=Path, default=Path("runs/samples"), help="folder for the results (default: runs/samples)")
@@ -197,7 +200,7 @@ def main():
         return vae.decode(x / data.SCALE).sample if vae else x
 
     def states_of(indices):
-        x_T, y = data.noise_and_labels(about, args.seed, indices)
+        x_T, y = data.noise_and_labels(about, FRESH + args.seed, indices)
         if chosen:
             y = torch.tensor([chosen[i % len(chosen)] for i in indices])
         with autocast(device, args.bf16):
@@ -209,6 +212,10 @@ def main():
         images = [data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)]
         return indices, np.concatenate(images), y.tolist()
 
+    if args.png and rank() == 0:  # an earlier run's would be taken for this one's
+        for file in (out / "images").glob("[0-9]*-*.png"):
+            file.unlink()
+    wait_for_all()
     shown = []
 
     def batches():  # all the images, on rank 0; on the way, the first hundred are kept and --png is done

@@ -193,8 +193,8 @@ def train_teacher(preset: dict, out: Path, device, seed=0):
     fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
     how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
     solver = {key: preset[key] for key in ("path", "predicts", "guidance", "guided_channels", "steps")}
-    about = dict(kind="teacher", model=config, **solver, data=str(source), classes=dataset.classes,
-                 training=dict(**fit, seed=seed))
+    about = dict(kind="teacher", model=config, **solver, data=str(Path(source)), classes=dataset.classes,
+                 training=dict(**fit, flip=dataset.flip, images=len(dataset), seed=seed))
     model.to(device)
     model.checkpointing = recompute(preset, model, 1, device)
 
@@ -242,17 +242,17 @@ def write_trajectories(model, about: dict, folder: Path, count: int, device, bf1
     trajectories or other files."""
     steps = about["steps"]
     if not marks and steps % MARKS:
-        raise Fault(f"{MARKS} states of a trajectory are kept: --steps must be a multiple of {MARKS}, {steps} is not")
+        raise Fault(f"{MARKS} states of a trajectory are kept: the teacher's --steps must be a multiple of {MARKS}, "
+                    f"{steps} is not (teacher.py trajectories)")
     if marks and (sorted(set(marks)) != list(marks) or marks[0] < 1 or marks[-1] != steps):
-        raise Fault(f"--marks count steps, up from 1 to the last, {steps}; {' '.join(map(str, marks))} do not")
+        raise Fault(f"--marks count the teacher's steps, up from 1 to the last, {steps}; {' '.join(map(str, marks))} "
+                    "do not (teacher.py trajectories)")
     marks = marks or [steps * (j + 1) // MARKS for j in range(MARKS)]
     times = PATHS[about["path"]].grid(steps)[[0, *marks]].tolist()
     meta = dict(teacher=fingerprint(model.state_dict()), steps=steps, marks=list(marks), times=times,
                 path=about["path"], guidance=about["guidance"], guided_channels=about.get("guided_channels"),
                 keep=keep, shape=data.image_shape(about), seed=seed)
     todo = data.start_shards(folder, meta, count, part)
-    if todo:
-        print(f"writing {len(todo) * data.SHARD:,} trajectories, guidance {about['guidance']:g}, into {folder}")
     for i in Progress("trajectories", todo, unit="trajectories", weight=data.SHARD):
         x_T, y = data.noise_and_labels(about, seed, range(i * data.SHARD, (i + 1) * data.SHARD))
         parts = zip(*(tensor.to(device).split(at_once(device)) for tensor in (x_T, y)), strict=True)
@@ -278,6 +278,12 @@ def find_teacher(path: Path | None, preset: str, run: Path, device):
     return model, about
 
 
+# Flags that one of the two jobs alone has a use for.
+TRAINING = ("data", "size", "image_size", "channels", "flip", "path", "predicts", "iterations", "batch", "lr",
+            "checkpointing", "accumulate", "compile", "export")
+WRITING = ("marks", "keep", "teacher", "count", "part")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -301,6 +307,9 @@ def main():
     part_flag(add)
     training_flags(add)
     args = parser.parse_args()
+    for flag in WRITING if args.job == "train" else TRAINING:
+        if getattr(args, flag) != parser.get_default(flag):
+            raise Fault(f"--{flag.replace('_', '-')} has no meaning for this job, which is `teacher.py {args.job}`")
     device, run, preset = pick_device(args.device), args.out or Path("runs") / args.preset, choose(TEACHERS, args)
     if args.job == "trajectories":
         model, about = find_teacher(args.teacher, args.preset, run, device)

@@ -103,12 +103,12 @@ def training_flags(add):
     add("--iterations", type=positive, help="training steps")
     add("--batch", type=positive, help="samples a step")
     add("--lr", type=strength, help="highest learning rate")
-    add("--seed", type=whole, default=0, help="of weights, batches and noise (default: 0)")
+    add("--seed", type=whole, default=0, help="of all that is random in what is done (default: 0)")
     add("--checkpointing", choices=("auto", "on", "off"),
         help="recompute activations in the backward pass, which saves memory (default: auto, where they would not fit)")
     add("--accumulate", type=positive, metavar="K", help="save memory: a batch in K parts, in turn (default: 1)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile: a slow start, then faster on a GPU")
-    add("--export", type=writable, help="also write the result, in float16 and for use only, to this file")
+    add("--export", type=exportable, help="also write the result, in float16 and for use only, to this file")
     machine_flags(add)
 
 
@@ -289,8 +289,8 @@ def replace_file(path: Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind an error of its own
+    except RuntimeError as error:  # torch.save hides what stopped it, a full disk or Ctrl-C, behind an error of its own
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
             raise error.__context__ from None
         raise
     finally:
@@ -299,8 +299,8 @@ def replace_file(path: Path, write):
 
 def difference(there: dict, here: dict) -> str:
     """Where two descriptions differ first, in a few words."""
-    key = next(k for k in here | there if there.get(k) != here.get(k))
-    a, b = there.get(key), here.get(key)
+    key = next(k for k in here | there if there.get(k, "nothing") != here.get(k, "nothing"))
+    a, b = there.get(key, "nothing"), here.get(key, "nothing")
     return difference(a, b) if isinstance(a, dict) and isinstance(b, dict) else f"{key} is {a} there, not {b}"
 
 
@@ -315,6 +315,7 @@ def load_checkpoint(path: str | Path, kind: str | tuple[str, ...], foreign=None)
     path = Path(path)
     if not path.is_file():
         raise Fault(f"no such checkpoint: {path}")
+    open(path, "rb").close()  # a file that may not be read is not damaged
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the `args` of a public DiT's
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -339,10 +340,23 @@ def load_weights(model: torch.nn.Module, weights: dict, path):
         raise Fault(f"{path} holds the weights of another model: {reason}") from None
 
 
+def exportable(path: str | Path) -> Path:
+    """The path, if nothing is lost by writing there. Raises Fault where it holds a training."""
+    path = writable(path)
+    try:
+        there = torch.load(path, weights_only=True, mmap=True)
+    except Exception:  # nothing, or something else
+        return path
+    if "optimiser" in there:
+        raise Fault(f"{path} holds a training that can be continued: export to another file")
+    return path
+
+
 def export(path: str | Path, about: dict, weights: dict):
-    """Write a checkpoint for use only: the weights, in float16."""
+    """Write a checkpoint for use only: the weights, in float16. Raises Fault (see exportable)."""
+    path = exportable(path)
     half = {name: weight.half() for name, weight in weights.items()}
-    replace_file(Path(path), lambda file: torch.save({"about": about, "ema": half}, file))
+    replace_file(path, lambda file: torch.save({"about": about, "ema": half}, file))
     print(f"wrote {path}")
 
 
@@ -388,12 +402,18 @@ def update_average(average: torch.nn.Module, model: torch.nn.Module, decay: floa
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
+def part_size(batch: int, parts: int) -> int:
+    """Samples in a part, where each process takes its share of a batch in `parts` parts. Raises Fault where the batch
+    cannot be shared evenly."""
+    if batch % (world() * parts):
+        raise Fault(f"a batch of {batch} cannot be shared by {world()} processes in {parts} parts each: choose another "
+                    "--batch or --accumulate")
+    return batch // (world() * parts)
+
+
 def micro_batches(tensors, parts: int) -> list[tuple]:
-    """This process's share of a batch (tensors whose first axis is the sample), in `parts` parts. Raises Fault where
-    the batch cannot be shared evenly."""
-    if len(tensors[0]) % (world() * parts):
-        raise Fault(f"a batch of {len(tensors[0])} cannot be shared by {world()} processes in {parts} parts each: "
-                    "choose another --batch or --accumulate")
+    """This process's share of a batch (tensors whose first axis is the sample), in `parts` parts (see part_size)."""
+    part_size(len(tensors[0]), parts)
     return list(zip(*(tensor.chunk(world())[rank()].chunk(parts) for tensor in tensors), strict=True))
 
 
@@ -512,6 +532,6 @@ def train(title, model, batch_of, loss_of, out: Path, about: dict, *, iterations
                 saved = time.time()
                 if save_seconds is None:
                     pause = max(60, 20 * (saved - began))
-            if stop and done < iterations:
+            if stop:
                 raise KeyboardInterrupt(f"{out} holds {done:,} of {iterations:,} steps")
     return average, losses

@@ -35,6 +35,8 @@ def test_a_row_and_its_control():
                           (dict(refine={}), ("refined,strength=0.0", "refined")),  # the second stage without a judge
                           (dict(refine=dict(level=0.2)), ("refined,strength=0.0", "refined,level=0.2"))):
         assert tuple(map(bench.name, bench.both(change))) == names
+    told = bench_of("shapes", told=[900, 700])
+    assert [told.both(dict(steps=S))[1]["told"] for S in (2, 4)] == [[900, 700], None]
     moved = bench_of("shapes", history="anchor", trajectory="clean")
     assert tuple(map(moved.name, moved.both({}))) == ("history_layers=0,trajectory=clean",
                                                       "history=anchor,trajectory=clean")
@@ -99,7 +101,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(STUDENTS, "points", STUDENTS["points"] | dict(iterations=4, batch=8))
     monkeypatch.setitem(TEACHERS, "points", TEACHERS["points"] | dict(count=256))
     about = dict(kind="teacher", model=CONFIG, path="flow", predicts="v", guidance=1.0, steps=8, data="points",
-                 classes=list("abc"), training=dict(iterations=1))
+                 classes=["arm 0", "arm 1", "arm 2"], training=dict(iterations=1))
     export(tmp_path / "runs/points/teacher.pt", about, DiT(**CONFIG).state_dict())
 
     def run(*words):
@@ -128,6 +130,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     again = run("--factors", "steps", "--seeds", "2")
     assert {file: file.stat().st_mtime_ns for file in folder.glob("*/*.*")} == files
     assert "distilling" not in again and again.splitlines()[-4:] == out.splitlines()[-4:]
+    whole = (folder / "steps=2/1.json").read_bytes()
+    (folder / "steps=2/1.json").write_bytes(whole[:100])
+    with pytest.raises(Fault, match="steps=2/1.json is damaged: remove it"):
+        run("--factors", "steps")
+    (folder / "steps=2/1.json").write_text("{}")
+    with pytest.raises(Fault, match="another basis: teacher is nothing there"):
+        run("--factors", "steps")
+    (folder / "steps=2/1.json").write_bytes(whole)
     with pytest.raises(Fault, match="no factor 'width'"):
         run("--factors", "width")
     with pytest.raises(Fault, match="another basis: images is 300 there, not 250"):

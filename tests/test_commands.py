@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 import distill
+import evaluate
 import refine
 import sample
 import teacher
@@ -22,7 +23,8 @@ from model import DiT, size
 from training import Fault, export
 
 ROOT = Path(teacher.__file__).resolve().parent
-SCRIPTS = {"teacher.py": teacher, "distill.py": distill, "refine.py": refine, "sample.py": sample}
+SCRIPTS = {"teacher.py": teacher, "distill.py": distill, "refine.py": refine, "sample.py": sample,
+           "evaluate.py": evaluate}
 
 
 def make_teacher(path: Path, seed: int):
@@ -108,8 +110,17 @@ BAD = [
     ("sample.py GOOD/student.pt --steps 3", "--steps and --guidance are for teachers"),
     ("sample.py GOOD/student.pt --out GOOD/text.pt", "GOOD/text.pt cannot be a folder"),
     ("sample.py GOOD/student.pt --out GOOD/text.pt/deeper", "GOOD/text.pt/deeper cannot be a folder"),
+    ("evaluate.py GOOD/none", "no such checkpoint: GOOD/none/student.pt"),
+    ("evaluate.py GOOD GOOD/student.pt", "two runs are called good"),
+    ("evaluate.py GOOD/teacher", "a run called teacher would be taken for another row of the table"),
+    ("evaluate.py GOOD --teacher GOOD/other.pt", "GOOD/other.pt is not the teacher of GOOD"),
+    ("evaluate.py GOOD/student.pt", "these images are of other classes, or another size, than the network's"),
+    ("evaluate.py --samples GOOD/images", "the protocol compares --samples with a --reference: give both"),
     ("DISTILL --steps 3", "choose --steps from 1, 2, 4, 8"),
     ("DISTILL --steps 16", "choose --steps from 1, 2, 4, 8"),
+    ("DISTILL --accumulate 3 --count 16", "a batch of 4 cannot be shared by 1 processes in 3 parts each"),
+    ("DISTILL --own 0.2 --accumulate 2", "--own 0.2 of so small a part of a batch is no sample"),
+    ("DISTILL --opens 0.9", "--opens 0.9 would open the last history layer when the training is over"),
     ("DISTILL --output direction --trajectory clean", "use --output state, or --trajectory states"),
     ("DISTILL --history-layers 99", "history_layers is 99: the model has 6 layers"),
     ("DISTILL --told 999 500", "--told has 2 times, and the student takes 4 steps"),
@@ -117,6 +128,8 @@ BAD = [
     ("REFINE", "these images are of other classes"),
     ("REFINE --iterations 100", "in the first 200 steps nobody judges"),
     ("REFINE --from GOOD/teacher.pt", "holds a teacher, and a student is needed"),
+    ("REFINE --teacher GOOD/other.pt", "GOOD/student.pt is another teacher's student"),
+    ("REFINE --data GOOD/images", "cannot read the image GOOD/images/ant/1.png"),
     ("REFINE --compile", "--compile is for the first stage"),
     ("REFINE --batch 6", "a batch of 6, in 1 × 1 parts, is not made of groups of 8"),
     ("DISTILL --teacher GOOD/none.pt", "no teacher at GOOD/none.pt"),
@@ -139,9 +152,12 @@ BAD = [
     ("TEACHER --preset points --out GOOD", "GOOD/teacher.pt holds another training"),
     ("TEACHER --preset points --out GOOD/new --export GOOD/empty", "GOOD/empty is a folder"),
     ("DISTILL --out GOOD/empty --export GOOD/text.pt/a.pt", "GOOD/text.pt cannot be a folder"),
-    ("TEACHER trajectories --out GOOD --steps 10", "--steps must be a multiple of 8, 10 is not"),
-    ("TEACHER trajectories --out GOOD --guidance 3", "guidance is 1.0 there, not 3.0"),
-    ("TEACHER trajectories --out GOOD/empty --preset points", "no teacher at GOOD/empty/teacher.pt"),
+    ("teacher.py trajectories --out GOOD --steps 10", "--steps must be a multiple of 8, 10 is not"),
+    ("teacher.py trajectories --out GOOD --guidance 3", "guidance is 1.0 there, not 3.0"),
+    ("teacher.py trajectories --out GOOD --path ddpm", "--path has no meaning for this job, which is `teacher.py traj"),
+    ("TEACHER --out GOOD --keep clean", "--keep has no meaning for this job, which is `teacher.py train`"),
+    ("DISTILL --export GOOD/student.pt", "GOOD/student.pt holds a training that can be continued"),
+    ("teacher.py trajectories --out GOOD/empty --preset points", "no teacher at GOOD/empty/teacher.pt"),
 ]
 
 
@@ -170,11 +186,12 @@ def test_counts_and_seeds_are_whole_numbers(monkeypatch, capsys, command, least)
     assert f"argument {flag}: '{value}' is not a whole number from {least} up" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("value", ["1.5", "-0.1", "nan", "half"])
-def test_a_share_is_a_share(monkeypatch, capsys, value):
+@pytest.mark.parametrize("flag, most", [("--own", "1"), ("--told", "1000")])
+@pytest.mark.parametrize("value", ["1000.5", "-0.1", "nan", "half"])
+def test_a_share_or_time_has_bounds(monkeypatch, capsys, flag, most, value):
     with pytest.raises(SystemExit):
-        run(monkeypatch, f"distill.py --own={value}")
-    assert f"argument --own: '{value}' is not a number from 0 to 1" in capsys.readouterr().err
+        run(monkeypatch, f"distill.py {flag}={value}")
+    assert f"argument {flag}: '{value}' is not a number from 0 to {most}" in capsys.readouterr().err
 
 
 BAD_FOR_REAL = [

@@ -4,6 +4,7 @@ of the procedural sets (which picture a label shows, arms that do not touch) are
 """
 
 import re
+import struct
 import tarfile
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
     assert (data.read_image(tmp_path / "a.png", 8, 3) == upright.transpose(2, 0, 1)).all()
 
 
+def test_a_photograph_with_an_odd_tag_loads(tmp_path):
+    """A unit of resolution that is text, beside the orientation: with that Pillow cannot turn a picture."""
+    tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0128, 2, 2, b"2")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
+    assert data.read_image(tmp_path / "a.jpg", 8, 3)[0].min() > 250
+
+
 def test_palette_and_transparent_images_load_in_their_colours(tmp_path):
     (tmp_path / "a").mkdir()
     colours = np.repeat(np.array([[[250, 10, 20]], [[30, 40, 200]]], np.uint8), 2, axis=1)  # (2, 2, 3): red over blue
@@ -192,6 +201,7 @@ def test_flip_mirrors_half_of_the_images_left_to_right_and_only_when_on():
     ("text", "a/1.png", "cannot read"),
     ("cut short", "a/1.jpg", "cannot read"),
     ("too few to hold out", "", "too small"),
+    ("not latents", "", "is no folder of latents"),
 ])
 def test_a_folder_that_cannot_be_used_is_a_fault_that_names_the_path(tmp_path, trouble, named, says):
     root = tmp_path / "images"
@@ -208,7 +218,8 @@ def test_a_folder_that_cannot_be_used_is_a_fault_that_names_the_path(tmp_path, t
         save(root / named, np.random.default_rng(0).integers(256, size=(16, 16, 3)))
         (root / named).write_bytes((root / named).read_bytes()[:-200])
     with pytest.raises(Fault, match=says) as fault:
-        data.folder(root, 8, split="test" if trouble == "too few to hold out" else "train")
+        data.folder(root, 8, channels=4 if trouble == "not latents" else 3,
+                    split="test" if trouble == "too few to hold out" else "train")
     assert str(root / named) in str(fault.value) and "\n" not in str(fault.value)
 
 

@@ -24,7 +24,7 @@ def run(folder, script, *words):
 def test_distil_sample(tmp_path):
     short = ("--count", 256, "--iterations", 12, "--batch", 16)
     said = run(tmp_path, "distill.py", *short)
-    assert "writing 256 trajectories" in said
+    assert "writing 1 of 1 shards of 256" in said
     rows = json.loads((tmp_path / "runs/shapes/result.json").read_text())["rows"]
     assert list(rows) == ["teacher, 24 steps", "teacher, 4 steps", "student, 4 steps", "student, history shuffled"]
     assert [row["calls"] for row in rows.values()] == [48, 8, 4, 4]

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_judge(tmp_path, monkeypatch, few_shapes):
     with pytest.raises(Fault, match="at least 200"):
         Judge(teacher, about, 100, torch.device("cpu"))
 
+    cache = tmp_path / "cache.pt"  # of the teacher's images
+    Judge(teacher, about | dict(steps=2), 300, torch.device("cpu"), cache=cache)
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:1000])
+    for _ in range(2):  # made again, and then no more
+        again = Judge(teacher, about | dict(steps=2), 300, torch.device("cpu"), cache=cache)
+        assert torch.equal(again.target, judge.target) and len(cache.read_bytes()) == len(whole)
+        monkeypatch.setattr("evaluate.solve", None)
+
 
 @pytest.mark.parametrize("image_size, channels", [(16, 3), (32, 1), (1, 2), (20, 3)])
 def test_features(image_size, channels):
@@ -95,13 +105,20 @@ def test_the_papers_cost_of_history():
     assert rows["window history"]["percent"] == rows["anchor history"]["percent"] == pytest.approx(1.1 / 2, abs=0.03)
 
 
-def test_several_runs_share_one_teacher(tmp_path):
+def test_several_runs_share_one_teacher(tmp_path, monkeypatch):
     for name in ("a", "b", "c/a"):
         (tmp_path / name).mkdir(parents=True)
         shutil.copy(ASSETS / "shapes-student.pt", tmp_path / name / "student.pt")
     students, teacher = load_runs([tmp_path / "a", tmp_path / "b"], None, torch.device("cpu"))
     assert list(students) == ["a", "b"]
     assert {about["teacher"] for _, about in students.values()} == {fingerprint(teacher.state_dict())}
+    (tmp_path / "b/teacher.pt").write_text("This is text.")  # may be another's: the search goes on
+    assert list(load_runs([tmp_path / "b/student.pt"], None, torch.device("cpu"))[0]) == ["b"]
+    shutil.copy(ASSETS / "shapes-teacher.pt", tmp_path / "b/teacher.pt")
+    monkeypatch.setattr("evaluate.ASSETS", tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path / "b")
+    for run in (tmp_path / "b/student.pt", tmp_path / "b", Path("."), Path("student.pt")):
+        assert list(load_runs([run], None, torch.device("cpu"))[0]) == ["b"]
     with pytest.raises(Fault, match="two runs are called a"):
         load_runs([tmp_path / "a", tmp_path / "c/a"], None, torch.device("cpu"))
     checkpoint = torch.load(ASSETS / "shapes-student.pt", weights_only=True)

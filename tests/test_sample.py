@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import sample
 from model import HISTORIES
-from sample import few_step, parse_labels, seen, table
+from sample import HELD_OUT, few_step, parse_labels, seen, table
+from teacher import load_network
 from test_distill import random_dit, student_of
 from training import Fault, export
 
@@ -73,6 +75,9 @@ def test_files(student_file, tmp_path, monkeypatch):
     images = np.load(tmp_path / "a/samples.npz")["arr_0"]
     assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8 and images.std() > 10
     singles = sorted((tmp_path / "a/images").iterdir())
+    run(monkeypatch, student_file, "--count", 2, "--labels", "eel", "--png", "--out", tmp_path / "b")
+    run(monkeypatch, student_file, "--count", 1, "--labels", "ant", "--png", "--out", tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b/images").iterdir()] == ["00000-ant.png"]  # none of the run before
     assert [path.name for path in singles] == [f"{i:05d}-{'dog' if i % 2 == 0 else 'ant'}.png" for i in range(6)]
     assert np.array_equal(np.asarray(Image.open(singles[3])), images[3])
     sheet = np.asarray(Image.open(tmp_path / "a/grid.png"))  # 3 × 2 tiles of 8 pixels, eight times enlarged
@@ -87,6 +92,16 @@ def test_same_seed_same_images_at_any_batch_size(student_file, tmp_path, monkeyp
     a, b, c = (np.load(tmp_path / name / "samples.npz")["arr_0"].astype(int) for name in "abc")
     assert abs(a - b).max() <= 1  # to rounding
     assert abs(a - c).mean() > 5
+
+
+def test_no_image_is_made_from_a_noise_that_students_learn_from(student_file, tmp_path, monkeypatch):
+    run(monkeypatch, student_file, "--count", 5, "--npz", "--out", tmp_path / "a")
+    student, about = load_network(student_file, "student")
+    made = {}
+    for seed in (0, HELD_OUT):  # as trajectories have, and as evaluate.py
+        made[seed] = data.to_uint8(few_step(student, about, *data.noise_and_labels(about, seed, range(5)))[:, -1])
+    images = np.load(tmp_path / "a/samples.npz")["arr_0"]
+    assert all(abs(images.astype(int) - other).mean() > 5 for other in made.values())
 
 
 def test_labels():

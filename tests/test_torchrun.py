@@ -56,6 +56,7 @@ def test_two_processes_train_as_one_and_one_continues_for_two(tmp_path):
     torchrun(tmp_path, 1, script, "one.pt", -1)
     torchrun(tmp_path, 2, script, "two.pt", -1)
     torchrun(tmp_path, 2, script, "cut.pt", 7, fails=True)
+    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 7
     torchrun(tmp_path, 1, script, "cut.pt", -1)
     one, *others = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt", "cut.pt"))
     assert [step for step, _ in one["losses"]] == [5, 10, 12] and one["losses"][-1][1] < one["losses"][0][1]

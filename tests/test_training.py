@@ -263,6 +263,28 @@ def test_a_full_disk_is_an_error_that_says_so(tmp_path, write, room):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("stroke", [1, 2, 3])
+def test_ctrl_c_while_saving(tmp_path, stroke):
+    class Impatient:
+        strokes = 0
+
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            self.strokes += 1
+            if self.strokes == stroke:
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+        def flush(self):
+            self.file.flush()
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_file(tmp_path / "file", lambda file: torch.save({"w": torch.ones(1_000_000)}, Impatient(file)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_killed_writer_left_is_removed_in_time(tmp_path):
     left, others = tmp_path / ".file.0a.part", [tmp_path / ".file.0b.part", tmp_path / ".other.0a.part"]
     for file in (left, *others):
