@@ -98,7 +98,7 @@ def must_be(about: dict, dataset: Dataset):
 # ---- shapes ---------------------------------------------------------------------------------------------------------
 
 def outline(name: str) -> list[tuple[float, float]]:
-    """The corners of a shape that fits in the unit circle."""
+    """The corners of a shape in the unit circle, or about so (the bow's lie at 1.25: at the border it may be cut)."""
     def polygon(radii, start=-math.pi / 2):
         return [(r * math.cos(start + 2 * math.pi * i / len(radii)), r * math.sin(start + 2 * math.pi * i / len(radii)))
                 for i, r in enumerate(radii)]
@@ -157,7 +157,7 @@ def colour(rng, saturation, value) -> np.ndarray:
 def shapes(count: int, size: int = 16, seed: int = 0) -> Dataset:
     """`count` pictures of SHAPES; picture i depends on (seed, i) only."""
     images, labels = np.empty((count, 3, size, size), np.uint8), np.empty(count, np.int64)
-    for i in Progress(f"drawing {count:,} shapes", range(count), unit="image"):
+    for i in Progress(f"drawing {count:,} shapes", range(count), unit="images"):
         rng = stream(seed, i)
         labels[i] = rng.integers(len(SHAPES))
         images[i] = draw_shape(labels[i], rng, size)
@@ -227,7 +227,7 @@ def folder(root: str | Path, size: int, channels: int = 3, flip: bool = True, sp
     if not chosen:
         raise Fault(f"{root} is too small: every tenth image of a class is kept for testing, and no class has ten")
     read = read_images([path for path, _ in chosen], size, channels)
-    images = np.stack(list(Progress(f"reading {len(chosen):,} images", read, len(chosen), unit="image")))
+    images = np.stack(list(Progress(f"reading {len(chosen):,} images", read, len(chosen), unit="images")))
     return Dataset(images, np.array([label for _, label in chosen]), classes, flip=flip and split == "train")
 
 
@@ -249,7 +249,8 @@ def load(name: str, size: int, channels: int = 3, flip: bool = False, split: str
 # ---- shards on disk -------------------------------------------------------------------------------------------------
 # A folder of trajectories or of latents: meta.json says what they are; 00000.npy, 00001.npy, … are shards of SHARD
 # records each (the last one may have fewer), memory-mapped when read. A shard is written whole or not at all, and
-# depends on nothing but the meta and its number: several processes and machines can write one folder.
+# depends, but for rounding, on the meta and its number (and the images) alone: several processes and machines can write
+# one folder.
 
 SHARD = 256
 
@@ -291,8 +292,8 @@ def is_whole(folder: Path, meta: dict, number: int) -> bool:
 
 
 class Shards:
-    """The whole shards of a folder, memory-mapped, as one array of records: shards[i] is the i-th. Some of them are
-    open at a time, since a large folder has more than a process may open."""
+    """The undamaged shards of a folder, memory-mapped, as one array of records. At most 256 files are open at a time: a
+    large folder has more than a process may open."""
 
     def __init__(self, folder: Path, meta: dict):
         numbers = sorted(int(file.stem) for file in Path(folder).glob("[0-9]*.npy") if file.stem.isdecimal())
@@ -365,7 +366,7 @@ def write_latents(root: Path, vae_name: str, out: Path, size: int, flip: bool, p
     meta = dict(images=str(root), vae=vae_name, size=size, flip=flip, classes=classes, shape=shape,
                 sizes=np.bincount([label for _, label, _ in files]).tolist(), count=len(files) * copies)
     todo = start_shards(out, meta, meta["count"], part)
-    for number in Progress("encoding", todo, unit="latents", weight=SHARD):
+    for number in Progress("shards of latents", todo, unit="latents", weight=SHARD):
         rows = range(number * SHARD, min((number + 1) * SHARD, meta["count"]))
         chosen = [files[i // copies] for i in rows]
         images = torch.from_numpy(np.stack(list(read_images([path for path, _, _ in chosen], size, 3))))

@@ -17,7 +17,8 @@ distillation.
     python distill.py --preset points                     points in the plane (first: python teacher.py --preset points)
 
 A run leaves student.pt, samples.png and result.json in its folder, --out. Started again, it continues; when done, it
-evaluates. Trajectories are written where there are none, into runs/PRESET/trajectories: several runs share them.
+compares student and teacher (evaluate.py says more). Trajectories are written where there are none, into
+runs/PRESET/trajectories, with seed 0 whatever --seed: several runs share them.
 """
 
 import argparse
@@ -105,8 +106,8 @@ def distill(student, about: dict, trajectories: data.Trajectories, preset: dict,
     student.checkpointing = recompute(preset, student, about["S"], device)
     N, opening = student.history_layers, preset["opens"] * fit["iterations"]
 
-    def batch_of(step):  # … and the layers that are open then
-        student.history_layers = N if step >= opening else int(N * step / opening)  # from below
+    def batch_of(step):  # … and sets how many layers are open then, from below: a function of the step, too
+        student.history_layers = N if step >= opening else int(N * step / opening)
         return trajectories.batch(data.stream(seed, step).integers(len(trajectories), size=fit["batch"]))
 
     config = about["model"]

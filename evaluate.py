@@ -127,7 +127,7 @@ class Judge:
     def generate(self, run, title):
         """Images (N, c, h, w) by a way of sampling, (x_T, y) -> states, from held-out noises; and their labels."""
         images, labels, batch = [], [], at_once(self.device)
-        for start in Progress(title, range(0, self.count, batch), unit="images", weight=batch):
+        for start in Progress(f"{title}, batches", range(0, self.count, batch), unit="images", weight=batch):
             x_T, y = data.noise_and_labels(self.about, HELD_OUT, range(start, min(start + batch, self.count)))
             with autocast(self.device, self.bf16):
                 images.append(run(x_T.to(self.device), y.to(self.device))[:, -1].cpu())
@@ -228,7 +228,7 @@ PROTOCOL = {"images": ",d", "fid": ".3f", "sfid": ".3f", "inception_score": ".3f
 def load_runs(runs: list[Path], teacher_path: Path | None, device):
     """Students, from run folders or files, and the teacher they share: ({name: (model, about)}, teacher). The teacher
     is looked for at `teacher_path`, or else beside the first student, in runs/ and among the shipped ones. Raises Fault
-    when it is not there, or when the students' trajectories differ in kind."""
+    when it is not there, or when the students differ in their teacher, or in the guidance or steps of its ODE."""
     students = {}
     for run in runs:
         path = run if run.suffix == ".pt" else run / "student.pt"
@@ -297,8 +297,8 @@ def main():
     add("--samples", type=Path, help="instead: ADM's protocol for these images, an .npz file with arr_0, or a folder")
     add("--reference", type=Path, help="and for these real ones: ADM's .npz, or a folder of images")
     add("--inception", type=Path, metavar="FILE", help="torch-fidelity's Inception weights (default: it fetches them)")
-    add("--flops", metavar="SIZE/PATCH", help="instead: count the arithmetic of a network, of these four properties:")
-    add("--image-size", type=positive, default=32, help="pixels, or latents, of a side (default: 32, 256 pixels)")
+    add("--flops", metavar="SIZE/PATCH", help="instead: count the arithmetic of a network, described by the next four")
+    add("--image-size", type=positive, default=32, help="side of its images or latents (default: 32, of 256 pixels)")
     add("--channels", type=positive, default=4, help="of its images or latents (default: 4)")
     add("--steps", type=positive, default=4, help="states it reads (default: 4)")
     add("--history-layers", type=whole, default=6, help="layers that read the history (default: 6)")

@@ -291,7 +291,7 @@ class DiT(nn.Module):
 
     def activation_bytes(self, blocks: int = 1, bf16: bool = False, checkpointing: bool = False) -> int:
         """Roughly what the backward pass needs stored of a trajectory of that many blocks: measured, 85 bytes for each
-        token, channel and layer in float32, 51 under bf16 autocast; with checkpointing, 5, and all of one layer."""
+        token, feature and layer in float32, 51 under bf16 autocast; with checkpointing 5, and of one layer all."""
         layer, depth = 51 if bf16 else 85, len(self.blocks)
         return blocks * self.grid**2 * self.width * (5 * depth + layer if checkpointing else layer * depth)
 

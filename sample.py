@@ -220,7 +220,7 @@ def main():
 
     def batches():  # all the images, on rank 0; on the way, the first hundred are kept and --png is done
         together = args.batch * world()
-        for start in Progress("sampling", range(0, args.count, together), unit="images", weight=together):
+        for start in Progress("batches", range(0, args.count, together), unit="images", weight=together):
             mine = range(args.count)[start + rank() * args.batch :][: args.batch]
             for indices, images, labels in gather([images_of(mine)] if mine else []):
                 shown.extend(images[: 100 - len(shown)])

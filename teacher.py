@@ -243,17 +243,17 @@ def write_trajectories(model, about: dict, folder: Path, count: int, device, bf1
     steps = about["steps"]
     if not marks and steps % MARKS:
         raise Fault(f"{MARKS} states of a trajectory are kept: the teacher's --steps must be a multiple of {MARKS}, "
-                    f"{steps} is not (teacher.py trajectories)")
+                    f"which {steps} is not (teacher.py trajectories)")
     if marks and (sorted(set(marks)) != list(marks) or marks[0] < 1 or marks[-1] != steps):
-        raise Fault(f"--marks count the teacher's steps, up from 1 to the last, {steps}; {' '.join(map(str, marks))} "
-                    "do not (teacher.py trajectories)")
+        raise Fault(f"marks are rising numbers of the teacher's steps, the last of them {steps}, which "
+                    f"{' '.join(map(str, marks))} are not: give others, teacher.py trajectories --marks")
     marks = marks or [steps * (j + 1) // MARKS for j in range(MARKS)]
     times = PATHS[about["path"]].grid(steps)[[0, *marks]].tolist()
     meta = dict(teacher=fingerprint(model.state_dict()), steps=steps, marks=list(marks), times=times,
                 path=about["path"], guidance=about["guidance"], guided_channels=about.get("guided_channels"),
                 keep=keep, shape=data.image_shape(about), seed=seed)
     todo = data.start_shards(folder, meta, count, part)
-    for i in Progress("trajectories", todo, unit="trajectories", weight=data.SHARD):
+    for i in Progress("shards of trajectories", todo, unit="trajectories", weight=data.SHARD):
         x_T, y = data.noise_and_labels(about, seed, range(i * data.SHARD, (i + 1) * data.SHARD))
         parts = zip(*(tensor.to(device).split(at_once(device)) for tensor in (x_T, y)), strict=True)
         with autocast(device, bf16):

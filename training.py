@@ -7,10 +7,11 @@ The rules that the rest of the project relies on:
     {"rival_model", "rival_optimiser"}. `about` is a plain dict that says what the file is and how it came to be; it
     must agree before a run is continued. A file is written aside and renamed, so it is whole or it is not there. It
     loads with `weights_only=True`.
-  - A batch is a function of (seed, step), so a run that was interrupted and started again takes the very same steps.
-  - Under `torchrun`, the processes share each batch, rank 0 alone prints and writes checkpoints, and the losses are
-    those of one process with the same batch, where a loss is a mean over it (own histories and the second stage's λ
-    look at a part of it). A run may continue with another number of processes.
+  - All that is random in a step, and its learning rate, are functions of (seed, step); a checkpoint holds the rest. So
+    a run that was interrupted and started again takes the very same steps: on a CPU, with as many threads, to the bit.
+  - Under `torchrun`, the processes share each batch, rank 0 alone reports and writes checkpoints, and the losses are
+    those of one process with the same batch (but `--own` takes the first samples of each one's part). A run may
+    continue with another number of processes.
   - The user's mistakes are `Fault`s: one line, exit status 1, no traceback. Ctrl-C finishes the step, saves, and
     exits with 130.
 """
@@ -56,7 +57,8 @@ def command(main):
     except (Fault, OSError) as error:  # OSError: a full disk, a folder without write permission
         sys.exit(f"error: {error}")
     except KeyboardInterrupt as stop:
-        print(f"\nstopped{f': {stop}' if str(stop) else ''}. The same command continues from there.", file=sys.stderr)
+        print(f"\nstopped{f': {stop}' if str(stop) else ''}. The same command goes on from what is saved.",
+              file=sys.stderr)
         sys.exit(130)
 
 
@@ -103,7 +105,7 @@ def training_flags(add):
     add("--iterations", type=positive, help="training steps")
     add("--batch", type=positive, help="samples a step")
     add("--lr", type=strength, help="highest learning rate")
-    add("--seed", type=whole, default=0, help="of all that is random in what is done (default: 0)")
+    add("--seed", type=whole, default=0, help="of the training's weights, batches and noise (default: 0)")
     add("--checkpointing", choices=("auto", "on", "off"),
         help="recompute activations in the backward pass, which saves memory (default: auto, where they would not fit)")
     add("--accumulate", type=positive, metavar="K", help="save memory: a batch in K parts, in turn (default: 1)")
@@ -218,8 +220,8 @@ def gather(items: list) -> list:
 # ---- progress -------------------------------------------------------------------------------------------------------
 
 class Progress:
-    """Iterate with a progress line: done/total, rate, ETA. Silent for what takes under two seconds. `note` is shown
-    behind it; `start` items were done before (a resumed run); each item counts for `weight` units in the rate."""
+    """Iterate with a progress line: items done/total, rate, ETA. Silent for what takes under two seconds. `note` is
+    shown behind it; `start` items were done before (a resumed run). The rate is in `unit`s, `weight` to an item."""
 
     def __init__(self, title, items, total=None, start=0, unit="step", weight=1):
         self.title, self.items, self.unit, self.weight, self.start = title, items, unit, weight, start

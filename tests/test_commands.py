@@ -152,7 +152,7 @@ BAD = [
     ("TEACHER --preset points --out GOOD", "GOOD/teacher.pt holds another training"),
     ("TEACHER --preset points --out GOOD/new --export GOOD/empty", "GOOD/empty is a folder"),
     ("DISTILL --out GOOD/empty --export GOOD/text.pt/a.pt", "GOOD/text.pt cannot be a folder"),
-    ("teacher.py trajectories --out GOOD --steps 10", "--steps must be a multiple of 8, 10 is not"),
+    ("teacher.py trajectories --out GOOD --steps 10", "--steps must be a multiple of 8, which 10 is not"),
     ("teacher.py trajectories --out GOOD --guidance 3", "guidance is 1.0 there, not 3.0"),
     ("teacher.py trajectories --out GOOD --path ddpm", "--path has no meaning for this job, which is `teacher.py traj"),
     ("TEACHER --out GOOD --keep clean", "--keep has no meaning for this job, which is `teacher.py train`"),

@@ -315,7 +315,7 @@ def test_marks_and_what_is_kept_can_be_chosen(written, tmp_path, kind, other):
     with pytest.raises(Fault, match=f"keeps the {kind} alone"):
         data.Trajectories(some, name, 3, kind=other)
     for marks in ([4, 17], [6, 4, 16], [4, 6]):
-        with pytest.raises(Fault, match="--marks count the teacher's steps"):
+        with pytest.raises(Fault, match="marks are rising numbers"):
             write_trajectories(teacher, ABOUT, tmp_path / "bad", 8, CPU, marks=marks)
 
 
