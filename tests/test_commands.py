@@ -123,6 +123,7 @@ BAD = [
     ("DISTILL --opens 0.9", "--opens 0.9 would open the last history layer when the training is over"),
     ("DISTILL --output direction --trajectory clean", "use --output state, or --trajectory states"),
     ("DISTILL --history-layers 99", "history_layers is 99: the model has 6 layers"),
+    ("DISTILL --preset imagenet256 --steps 2", "GOOD/student.pt holds another training"),  # the told times are dropped
     ("DISTILL --told 999 500", "--told has 2 times, and the student takes 4 steps"),
     ("REFINE --from GOOD/none.pt", "no student at GOOD/none.pt: make one, python distill.py --preset shapes"),
     ("REFINE", "these images are of other classes"),

@@ -4,10 +4,12 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from evaluate import Classifier, Judge, attention, costs_of, exposure_bias, features, load_runs
+from data import Dataset
+from evaluate import Classifier, Judge, attention, costs_of, exposure_bias, features, load_runs, train_classifier
 from sample import few_step
 from teacher import ASSETS, load_network, solve
 from test_distill import ABOUT, random_dit, student_of
@@ -84,6 +86,12 @@ def test_judge(tmp_path, monkeypatch, few_shapes):
         again = Judge(teacher, about | dict(steps=2), 300, torch.device("cpu"), cache=cache)
         assert torch.equal(again.target, judge.target) and len(cache.read_bytes()) == len(whole)
         monkeypatch.setattr("evaluate.solve", None)
+
+
+def test_one_class_has_no_features(tmp_path):
+    images = Dataset(np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, np.int64), ["face"])
+    with pytest.raises(Fault, match="of one class"):
+        train_classifier(images, dict(data="faces"), tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("image_size, channels", [(16, 3), (32, 1), (1, 2), (20, 3)])
