@@ -96,7 +96,7 @@ class Bench:
         """The two students of a row, without and with history; the same one where there is no history to read. Of the
         second stage: without and with a judge."""
         student = self.centre | change
-        if len(student["told"] or ()) != student["steps"]:
+        if student["steps"] != self.centre["steps"]:
             student["told"] = None  # the centre's are for its own number of steps
         if "refine" in change:
             return student | dict(refine=dict(strength=0.0)), student

@@ -87,7 +87,7 @@ def noise_and_labels(about: dict, seed: int, indices) -> tuple[torch.Tensor, tor
     return torch.from_numpy(noise).half().float(), torch.tensor(labels)
 
 
-def must_be(about: dict, dataset: Dataset):
+def must_match(about: dict, dataset: Dataset):
     """Raises Fault where a data set has other classes than the network that `about` describes, or another size."""
     known = about["classes"] != [str(i) for i in range(len(about["classes"]))]  # a public teacher's are but numbers
     same = (len(dataset.classes), list(dataset.shape)) == (len(about["classes"]), image_shape(about))

@@ -74,7 +74,8 @@ def make_student(teacher, about: dict, preset: dict):
         raise Fault(f"--told has {len(preset['told'])} times, and the student takes {S} steps: give one for each")
     if preset["opens"] * preset["iterations"] > preset["iterations"] - 1:
         raise Fault(f"--opens {preset['opens']:g} would open the last history layer when the training is over: less")
-    if preset["own"] and not round(preset["own"] * part_size(preset["batch"], preset["accumulate"])):
+    part = part_size(preset["batch"], preset["accumulate"])
+    if preset["own"] and not round(preset["own"] * part):
         raise Fault(f"--own {preset['own']:g} of so small a part of a batch is no sample: choose a larger --batch, or "
                     "a smaller --accumulate")
     config = about["model"] | {key: preset[key] for key in ("history", "history_layers")}
@@ -183,7 +184,6 @@ def main():
     began = time.time()
     if args.told is None and len(preset["told"] or ()) != preset["steps"]:
         preset["told"] = None  # the preset's are for its own number of steps
-    part_size(preset["batch"], preset["accumulate"])  # refuses before the work
     teacher, teacher_about = find_teacher(args.teacher, args.preset, runs, device)
     student, about = make_student(teacher, teacher_about, preset)
     trajectories = find_trajectories(teacher, teacher_about, args, preset, args.trajectories or runs / "trajectories",

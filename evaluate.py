@@ -106,7 +106,7 @@ class Judge:
         self.about, self.count, self.device, self.bf16 = about, count, device, bf16
         kind = (source or about["data"], about["model"]["image_size"], about["model"]["channels"])
         train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=count)
-        data.must_be(about, train_set)
+        data.must_match(about, train_set)
         if min(len(held_out), count) < 200:
             raise Fault(f"64 features need at least 200 images of each kind, and there are {len(held_out)} real ones "
                         f"kept for testing, to be compared with {count}: take more, or another data set")

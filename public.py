@@ -83,7 +83,8 @@ def from_diffusers(folder: Path) -> dict:
             if f"{a}.{kind}" in theirs}
     for i in range(depth):
         for kind in ("weight", "bias"):
-            qkv = [theirs.get(f"transformer_blocks.{i}.attn1.to_{x}.{kind}") for x in "qkv"]
-            ours |= {f"blocks.{i}.attn.qkv.{kind}": torch.cat(qkv)} if qkv[0] is not None else {}
+            qkv = [f"transformer_blocks.{i}.attn1.to_{x}.{kind}" for x in "qkv"]
+            if qkv[0] in theirs:
+                ours[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([theirs[name] for name in qkv])
     width, _, patch, _ = ours["x_embedder.proj.weight"].shape
     return ours | {"pos_embed": sincos_positions(network.config.sample_size // patch, width)}

@@ -83,7 +83,7 @@ def fits(about: dict, dataset: data.Dataset, preset: dict):
                     f"groups of {GROUP}, which the heads compare: choose another --batch or --accumulate")
     if preset["iterations"] <= preset["alone"]:
         raise Fault(f"in the first {preset['alone']} steps nobody judges: choose fewer (--alone), or more --iterations")
-    data.must_be(about, dataset)
+    data.must_match(about, dataset)
 
 
 def refine(student, about: dict, teacher, trajectories: data.Trajectories, dataset: data.Dataset, preset: dict,

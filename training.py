@@ -105,7 +105,7 @@ def training_flags(add):
     add("--iterations", type=positive, help="training steps")
     add("--batch", type=positive, help="samples a step")
     add("--lr", type=strength, help="highest learning rate")
-    add("--seed", type=whole, default=0, help="of the training's weights, batches and noise (default: 0)")
+    add("--seed", type=whole, default=0, help="of a training, or of what `teacher.py trajectories` writes (default: 0)")
     add("--checkpointing", choices=("auto", "on", "off"),
         help="recompute activations in the backward pass, which saves memory (default: auto, where they would not fit)")
     add("--accumulate", type=positive, metavar="K", help="save memory: a batch in K parts, in turn (default: 1)")

@@ -35,8 +35,8 @@ def test_a_row_and_its_control():
                           (dict(refine={}), ("refined,strength=0.0", "refined")),  # the second stage without a judge
                           (dict(refine=dict(level=0.2)), ("refined,strength=0.0", "refined,level=0.2"))):
         assert tuple(map(bench.name, bench.both(change))) == names
-    told = bench_of("shapes", told=[900, 700])
-    assert [told.both(dict(steps=S))[1]["told"] for S in (2, 4)] == [[900, 700], None]
+    told = bench_of("shapes", told=[900, 700, 500, 300])
+    assert [told.both(dict(steps=S))[1]["told"] for S in (2, 4)] == [None, [900, 700, 500, 300]]
     moved = bench_of("shapes", history="anchor", trajectory="clean")
     assert tuple(map(moved.name, moved.both({}))) == ("history_layers=0,trajectory=clean",
                                                       "history=anchor,trajectory=clean")
