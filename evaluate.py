@@ -1,357 +1,934 @@
-"""The numbers: how good few steps are, what they cost, and where the errors come from.
+"""Evaluation: how good few steps are, where their errors come from, and what they cost.
 
-Distances between sets of images are taken in the features of a *small classifier trained on the same data set*, which
-this program trains when it first needs it. They compare methods on one data set; they are not the FID of papers.
+All methods start from the same held-out noises, which no network was trained on. Of each one:
 
-    Fréchet distance, precision, recall     of generated images against held-out real ones (metrics.py)
-    accuracy              how often the classifier sees the class that was asked for
-    error                 mean squared error to the teacher's full-step image from the same noise and label
-    exposure bias         the error per step when fed the teacher's states, and when fed its own (distill.py)
-    attention             how much of it goes from each state to each earlier one: what the history is used for
+    calls       network evaluations for an image. Guidance takes two for each Euler step
+    error       mean squared error to the image that the teacher makes of the same noise
+    distance    Fréchet distance to held-out real images in the features of a small classifier,
+                trained on the same data. It compares methods on one data set. It is not the FID
+                of papers, which takes the features of another network
+    above       the paper's *degradation*: distance minus that of the teacher at full steps
+    chance      two standard deviations of `above` when images are resampled
+    precision   the fraction of images that lie among the real ones; recall: the reverse
+    accuracy    how often the classifier finds the class that was asked for
 
-    python evaluate.py                              the shapes student that ships with the repository
-    python evaluate.py runs/shapes runs/n0          several runs of one teacher, side by side
-    python evaluate.py --flops DiT-XL/2             what a network costs, by count: 4 states, history in 6 layers
-    python evaluate.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz      the papers' protocol
+The paper sums up its Table 1 in one ratio: the degradation of step distillation is 5.1 times that
+of ARD. The same ratio is printed here, or a bound where ARD's degradation is within chance.
 
-Tables go to the screen and evaluation.json (protocol.json); the pictures are evaluation.png and samples.png.
+Each student that reads its history is also sampled with *another sample's* history. If the student
+makes use of its history, it gets worse. Exposure bias is the difference between two errors at each
+step: one when the student reads its own states, as in sampling, and one when it reads the
+teacher's, as in training.
+
+    python evaluate.py                            the shipped student
+    python evaluate.py runs/textures runs/other   students of one teacher, side by side
+    python evaluate.py --flops XL/2               what the history costs, by count
+
+Results go into runs/evaluation: evaluation.json, samples.png, exposure.png and attention.png.
 """
 
-import argparse
-import re
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce, repeat
+from matplotlib.figure import Figure
 from torch import nn
 
 import data
-from distill import predict
-from metrics import coverage, frechet, moments, protocol
-from model import HISTORIES, DiT, size, visible
-from sample import HELD_OUT, compare, figure, methods, seen, table
-from teacher import ASSETS, PATHS, load_network, solve
-from training import (Fault, Progress, at_once, autocast, command, fingerprint, machine_flags, make_folder, pick_device,
-                      positive, replace_file, save_json, train, whole, writable)
+from command_line import make_parser, non_negative_int, positive_int, run_program
+from config import (
+    HISTORIES,
+    ODE,
+    ClassifierRecord,
+    ModelConfig,
+    Student,
+    StudentRecord,
+    Training,
+    parse_size,
+)
+from files import (
+    UserError,
+    fingerprint,
+    load_checkpoint,
+    load_weights,
+    output_file,
+    output_folder,
+    replace_file,
+    save_json,
+)
+from machine import Progress, Runtime, add_machine_flags, runtime_from, synchronise
+from metrics import coverage, frechet, moments
+from model import visible_keys
+from pretrained import ASSETS, load_network
+from sample import few_step, next_state, predict_all, student_times
+from teacher import solve
+from training import learning_rate, make_optimizer
 
-# ---- 1. Features ----------------------------------------------------------------------------------------------------
+REPORT_IMAGES = 2000  # of each method, at the end of a training
+FEATURES = 64  # of the classifier
+LEAST_IMAGES = 70  # a Gaussian in 64 features needs more than 64
+ERROR_IMAGES = 256  # of each method, where only errors are measured
+RESAMPLES = 20  # for `chance`
+EXPOSURE_SAMPLES = 128
+ATTENTION_SAMPLES = 16  # whose attention weights are computed as matrices, which takes memory
+PICTURES = 12  # in a row of samples.png
+PATHS = 100  # in a panel of samples.png, for points
+
+# ---- 1. The methods that are compared ------------------------------------------------------------
+
+
+@torch.no_grad()
+def few_step_with_shuffled_history(model, student: Student, x_T, y):
+    """A control: as `few_step`, but each step reads its own current state after the earlier states
+    of *another sample* of the batch. (It runs without the cache, on all states so far. The noise
+    shortcut carries the other sample's noise, too.) x_T: (b, c, h, w); y: (b,). Returns
+    (b, S + 1, c, h, w). Raises ValueError for a single sample."""
+    if len(x_T) < 2:
+        raise ValueError("a single sample has no other sample's history to read")
+    times = student_times(student).to(x_T.device)                           # (S + 1,)
+    timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
+    states = [x_T]
+    for i in range(student.steps):
+        x = states[-1]
+        history = [state.roll(1, dims=0) for state in states[:-1]]
+        read = torch.stack([*history, x], dim=1)                            # (b, i + 1, c, h, w)
+        output = model(read, timesteps[: i + 1], y)[:, -1].float()
+        x = next_state(student, output, x, times[i], times[i + 1])
+        states.append(x)
+    return torch.stack(states, dim=1)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way from noise to image."""
+
+    sample: Callable  # (x_T, y) -> states (b, s + 1, c, h, w); the last is the image
+    calls: int  # network evaluations for an image
+    macs: int  # multiply-accumulates for an image
+
+    def images(self, x_T, y):
+        return self.sample(x_T, y)[:, -1]
+
+
+def teacher_method(teacher, ode: ODE) -> Method:
+    calls = ode.euler_steps * ode.calls_per_step
+    return Method(
+        lambda x_T, y: solve(teacher, ode, x_T, y)[0],
+        calls,
+        calls * count_macs(teacher.config),
+    )
+
+
+def student_methods(name: str, model, record: StudentRecord) -> dict[str, Method]:
+    """A student and, where it reads its history, its control."""
+    student, config = record.student, record.model
+    methods = {
+        student_label(name, record): Method(
+            lambda x_T, y: few_step(model, student, x_T, y),
+            student.steps,
+            count_macs(config, student.steps),
+        )
+    }
+    if reads_history(record):
+        methods[f"{name}, another sample's history"] = Method(
+            lambda x_T, y: few_step_with_shuffled_history(model, student, x_T, y),
+            student.steps,
+            sum(count_macs(config, states) for states in range(1, student.steps + 1)),
+        )
+    return methods
+
+
+def reads_history(record: StudentRecord) -> bool:
+    return record.model.reads_history and record.student.steps > 1
+
+
+def student_label(name: str, record: StudentRecord) -> str:
+    """The label of a student's row."""
+    reads = "reads its history" if reads_history(record) else "no history"
+    return f"{name}, {record.student.steps} steps ({reads})"
+
+
+def make_methods(teacher, students: dict) -> dict[str, Method]:
+    """All methods by their labels: the teacher at full steps, the teacher at the students' numbers
+    of steps, then the students, those without history first.
+    students: {name: (model, StudentRecord)}, all of this teacher."""
+    first, later = {}, {}
+    for name, (model, record) in students.items():
+        ode = record.student.ode
+        for steps in (ode.euler_steps, record.student.steps):
+            method = teacher_method(teacher, replace(ode, euler_steps=steps))
+            first[f"teacher, {steps} steps"] = method
+        group = later if reads_history(record) else first
+        group |= student_methods(name, model, record)
+    return first | later
+
+
+# ---- 2. Features ---------------------------------------------------------------------------------
 
 
 class Classifier(nn.Module):
-    """Images (b, c, h, w) to 64 features and, from these, class logits. For points (1×1 images), a small MLP."""
+    """Images (b, c, h, w) to 64 features, and these to the logits of classes: a small convolutional
+    network that halves the side until it is 4 or less. (For points, 1×1 images, it is an MLP.)"""
 
     def __init__(self, channels: int, image_size: int, classes: int):
         super().__init__()
-        if image_size == 1:
-            self.body = nn.Sequential(nn.Flatten(), nn.Linear(channels, 128), nn.GELU(), nn.Linear(128, 64), nn.GELU())
-        else:
-            layers, width = [nn.Conv2d(channels, 32, 3, padding=1), nn.GELU()], 32
-            while image_size > 4:  # halve until 4×4 or less
-                image_size, wider = (image_size + 1) // 2, min(2 * width, 128)
-                layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), nn.GroupNorm(8, wider), nn.GELU()]
-                width = wider
-            self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * image_size**2, 64), nn.GELU())
-        self.head = nn.Linear(64, classes)
+        width, side = 128 if image_size == 1 else 32, image_size
+        layers = [nn.Conv2d(channels, width, 3, padding=1), nn.GELU()]
+        while side > 4:
+            wider, side = min(2 * width, 128), (side + 1) // 2
+            layers += [
+                nn.Conv2d(width, wider, 3, stride=2, padding=1),
+                nn.GroupNorm(8, wider),
+                nn.GELU(),
+            ]
+            width = wider
+        self.body = nn.Sequential(
+            *layers,
+            nn.Flatten(),
+            nn.Linear(width * side**2, FEATURES),
+            nn.GELU(),
+        )
+        self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, x):
         return self.head(self.body(x))
 
 
-def train_classifier(dataset: data.Dataset, about: dict, folder: Path, device, iterations=800, batch=128):
-    """The classifier of a data set, from `folder` if it has been trained before. Raises Fault where there is nothing to
-    tell apart."""
-    if len(dataset.classes) < 2:
-        raise Fault("distances are taken in the features of a classifier, and these images are of one class")
-    c, h, _ = dataset.shape
-    name = re.sub(r"\W+", "-", about["data"]).strip("-")
-    config = dict(channels=c, image_size=h, classes=len(dataset.classes))
-    out = writable(Path(folder) / f"{name}-{c}x{h}-{len(dataset)}.pt")
-    torch.manual_seed(0)
-    model = Classifier(**config).to(device)
+CLASSIFIER_TRAINING = Training(iterations=800, batch=128, lr=2e-3, ema_decay=0.0)
 
-    average, _ = train("classifier", model, lambda step: dataset.draw(batch, data.stream(1, step)),
-                       lambda model, x, y: F.cross_entropy(model(x), y), out,
-                       dict(kind="classifier", model=config, data=about["data"]),
-                       iterations=iterations, batch=batch, lr=2e-3)
-    return average
+
+def make_classifier(config, classes: tuple[str, ...], runtime: Runtime) -> Classifier:
+    """An untrained classifier for a DataConfig, always with the same random weights."""
+    torch.manual_seed(0)
+    model = Classifier(config.channels, config.image_size, len(classes))
+    return model.to(runtime.device)
+
+
+def shipped_classifier(config, classes: tuple[str, ...], runtime: Runtime) -> Classifier | None:
+    """The one in assets/ for a DataConfig, or None. (A procedural data set is always the same.)"""
+    file = ASSETS / f"{data.file_name(config.source)}-classifier.pt"
+    if not file.exists():
+        return None
+    saved = load_checkpoint(file, "classifier")
+    record = saved["record"]
+    if record.data != config or record.classes != classes:
+        return None
+    model = make_classifier(config, classes, runtime)
+    load_weights(model, saved["ema"], file)
+    return model
+
+
+def find_classifier(dataset: data.Dataset, config, runtime: Runtime) -> Classifier:
+    """The classifier of a data set, trained if need be. It is kept in runs/classifiers, in a file
+    that is named by the content of the data.
+
+    Where all images are of one class, there is nothing to train for. Then the weights stay random:
+    the features of a random convolutional network tell images apart, too, if less well."""
+    model = make_classifier(config, dataset.classes, runtime)
+    if len(dataset.classes) == 1:
+        print("all images are of one class: distances are in the features of a random network")
+        return model
+    record = ClassifierRecord(config, dataset.classes, len(dataset), CLASSIFIER_TRAINING)
+    key = content_key(dataset, record)
+    file = Path("runs/classifiers") / f"{data.file_name(Path(config.source).name)}-{key}.pt"
+    try:
+        load_weights(model, load_checkpoint(file, "classifier")["ema"], file)
+    except UserError:  # there is none, or it is damaged
+        train_classifier(model, dataset, record, file)
+    return model
+
+
+def content_key(dataset: data.Dataset, record: ClassifierRecord) -> str:
+    """16 hexadecimal digits that tell these images, labels and settings from others."""
+    digest = hashlib.sha256(repr(record).encode())
+    for indices in torch.arange(len(dataset)).split(1000):
+        for values in dataset.batch(indices.numpy()):  # images, then labels
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def train_classifier(model, dataset: data.Dataset, record: ClassifierRecord, file: Path):
+    """Train a classifier, in place, and write its checkpoint."""
+    device = next(model.parameters()).device
+    training = record.training
+    optimizer = make_optimizer(model, training.lr)
+    iterations = range(training.iterations)
+    for i in Progress("classifier", iterations, unit="images", size=training.batch):
+        optimizer.param_groups[0]["lr"] = learning_rate(i, training)
+        rng = data.stream(1, i)
+        images, labels = dataset.draw(training.batch, rng)
+        logits = model(images.to(device))
+        loss = F.cross_entropy(logits, labels.to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    content = dict(kind="classifier", record=asdict(record), ema=model.state_dict())
+    replace_file(file, lambda opened: torch.save(content, opened))
 
 
 @torch.no_grad()
-def features(classifier, images, batch=500):
-    """Images (N, c, h, w), in [-1, 1], to features (N, 64), float64, and predicted classes (N,); on the CPU. Pictures
-    are first rounded to 8 bits, as real ones are."""
-    device, found, predicted = next(classifier.parameters()).device, [], []
+def features(classifier: Classifier, images, batch: int = 500):
+    """Images (N, c, h, w) in [-1, 1] to features (N, 64), float64, and to the classes that the
+    classifier finds, (N,); on the CPU. Pictures are first rounded to 8 bits, as real ones are."""
+    device = next(classifier.parameters()).device
+    found, classes = [], []
     for x in images.split(batch):
         if x.shape[1] in (1, 3):
-            x = torch.from_numpy(data.to_uint8(x)).movedim(-1, 1) / 127.5 - 1
+            pixels = torch.from_numpy(data.to_uint8(x))                     # (b, h, w, c)
+            x = rearrange(pixels, "b h w c -> b c h w") / 127.5 - 1
         feature = classifier.body(x.to(device))
+        logits = classifier.head(feature)
         found.append(feature.cpu().double())
-        predicted.append(classifier.head(feature).argmax(1).cpu())
-    return torch.cat(found), torch.cat(predicted)
+        classes.append(logits.argmax(dim=1).cpu())
+    return torch.cat(found), torch.cat(classes)
 
 
-# ---- 2. A judge -----------------------------------------------------------------------------------------------------
+# ---- 3. The evaluator ----------------------------------------------------------------------------
 
-class Judge:
-    """Compares ways of sampling a teacher's data set: with held-out real images, in the features of the data set's
-    classifier, and with the teacher's own images from the same `count` held-out noises. `source`: the data set, if it
-    is not where the teacher saw it; `cache`: a file to keep the teacher's images in, which take long to make. Raises
-    Fault where there are too few images."""
 
-    def __init__(self, teacher, about: dict, count: int, device, bf16=False, source: str | None = None,
-                 cache: Path | None = None):
-        self.about, self.count, self.device, self.bf16 = about, count, device, bf16
-        kind = (source or about["data"], about["model"]["image_size"], about["model"]["channels"])
-        train_set, held_out = data.load(*kind), data.load(*kind, split="test", count=count)
-        data.must_match(about, train_set)
-        if min(len(held_out), count) < 200:
-            raise Fault(f"64 features need at least 200 images of each kind, and there are {len(held_out)} real ones "
-                        f"kept for testing, to be compared with {count}: take more, or another data set")
-        self.classifier = train_classifier(train_set, about, Path("runs/classifiers"), device)
-        real_images, real_labels = held_out.some(count)
-        self.real, predicted = features(self.classifier, real_images)
-        self.right = (predicted == real_labels).double().mean().item()
-        self.rows = {"other real images": self.distances(*train_set.some(len(self.real)))}
-        try:
-            images, labels = torch.load(cache, weights_only=True)
-        except Exception:  # none, not there, or damaged
-            images, labels = self.generate(lambda x_T, y: solve(teacher, about, x_T, y)[1], "teacher")
-            if cache:
-                replace_file(cache, lambda file: torch.save((images, labels), file))
-        self.target = images
-        self.best = self.distances(images, labels) | dict(above=0.0, error=0.0)
+class Evaluator:
+    """Compares methods with the teacher's images of the same noises, and with real images.
 
-    def generate(self, run, title):
-        """Images (N, c, h, w) by a way of sampling, (x_T, y) -> states, from held-out noises; and their labels."""
-        images, labels, batch = [], [], at_once(self.device)
-        for start in Progress(f"{title}, batches", range(0, self.count, batch), unit="images", weight=batch):
-            x_T, y = data.noise_and_labels(self.about, HELD_OUT, range(start, min(start + batch, self.count)))
-            with autocast(self.device, self.bf16):
-                images.append(run(x_T.to(self.device), y.to(self.device))[:, -1].cpu())
-            labels.append(y)
-        images = torch.cat(images)
-        if not images.isfinite().all():
-            raise Fault(f"{title}: some images are not finite. Was the training cut short, or its --lr too high?")
-        return images, torch.cat(labels)
+    teacher, ode    whose images are the target, and how they are made
+    record          a TeacherRecord or StudentRecord: shape, classes and data
+    count           images of each method; fewer where the data set has fewer
+    data            a DataConfig, if it is not the record's. Where its source is None, there are no
+                    real images: then only errors are measured
+    cache           a file that keeps the teacher's images, which take long to make
+    test            a folder of real images, instead of those of `data` that are held out
 
-    def distances(self, images, labels) -> dict:
-        """Fréchet distance, precision and recall to the held-out real images, and accuracy."""
+    Raises UserError where the data set is missing, is another one than the network's, or is too
+    small."""
+
+    def __init__(
+        self,
+        teacher,
+        record,
+        ode: ODE,
+        count: int,
+        runtime: Runtime,
+        data=None,
+        cache: Path | None = None,
+        test: str | None = None,
+    ):
+        self.record, self.runtime, self.count = record, runtime, count
+        self.classifier, self.real_images = None, None
+        self.real_row = {}  # of other real images
+        config = data or record.data
+        if config.source is None:
+            self.count = min(count, ERROR_IMAGES)
+        else:
+            self.load_real_images(config, test)
+        _, labels = self.noise(range(self.count))
+        self.labels = labels.cpu()
+        self.target, ms = self.teacher_images(teacher, ode, cache)
+        self.teacher_row = dict(ms=ms, error=0.0)
+        if self.classifier is not None:
+            self.teacher_features, classes = features(self.classifier, self.target)
+            distances = self.distances(self.teacher_features, classes, self.labels)
+            self.teacher_row |= distances | dict(above=0.0, chance=0.0)
+
+    def load_real_images(self, config, test: str | None):
+        classes = self.record.classes
+        shipped = shipped_classifier(config, classes, self.runtime)
+        train_set = data.load(config, count=self.count if shipped else None)
+        if test is None:
+            held_out = data.load(config, "test", self.count)
+        else:
+            held_out = data.load(replace(config, source=test), "all")
+        check_classes(classes, train_set, held_out)
+        self.count = min(self.count, len(train_set))  # as many images in all rows
+        self.real_images, real_labels = held_out.some(self.count)
+        if len(self.real_images) < LEAST_IMAGES or self.count < LEAST_IMAGES:
+            raise UserError(
+                f"distances need at least {LEAST_IMAGES} images of each kind: here are "
+                f"{len(self.real_images):,} held-out real images, and {self.count:,} to compare"
+            )
+        self.classifier = shipped or find_classifier(train_set, config, self.runtime)
+        self.real, predicted = features(self.classifier, self.real_images)
+        if len(classes) > 1:
+            right = (predicted == real_labels).double().mean().item()
+            count = len(predicted)
+            print(f"the classifier is right on {right:.2%} of {count:,} held-out real images")
+        images, labels = train_set.some(self.count)
         found, predicted = features(self.classifier, images)
-        return dict(frechet=frechet(moments(found), moments(self.real)),
-                    precision=coverage(found, by=self.real), recall=coverage(self.real, by=found),
-                    accuracy=(predicted == labels).double().mean().item())
+        self.real_row = self.distances(found, predicted, labels)
+
+    def noise(self, indices):
+        """The held-out noises x_T (b, c, h, w) and labels (b,) with these indices."""
+        x_T, y = data.noise_and_labels(self.record, data.EVALUATION_SEED, indices)
+        return x_T.to(self.runtime.device), y.to(self.runtime.device)
+
+    def generate(self, run, title: str):
+        """The images (N, c, h, w) that run(x_T, y) makes of the held-out noises, and how many
+        milliseconds an image took: the median over batches."""
+        device, at_once = self.runtime.device, self.runtime.samples_at_once
+        made, ms = [], []
+        # The batches are of about equal size, so that none is a single sample.
+        count = math.ceil(self.count / at_once)
+        batches = torch.arange(self.count).tensor_split(count)
+        progress = Progress(
+            title,
+            batches,
+            unit="images",
+            size=at_once,
+            amount=self.count,
+        )
+        for indices in progress:
+            x_T, y = self.noise(indices.tolist())
+            synchronise(device)
+            began = time.perf_counter()
+            with self.runtime.autocast():
+                images = run(x_T, y)
+            synchronise(device)
+            seconds = time.perf_counter() - began
+            ms.append(1000 * seconds / len(indices))
+            made.append(images.cpu())
+            if not images.isfinite().all():
+                raise UserError(
+                    f"{title}: some images are not finite. Was the training cut short, or its "
+                    "--lr too high?"
+                )
+        return torch.cat(made), statistics.median(ms)
+
+    def teacher_images(self, teacher, ode: ODE, cache: Path | None):
+        """As `generate`: from the cache, if its images were made in the same way."""
+        weights = fingerprint(teacher.state_dict())
+        settings = [weights, ode, self.count, self.record.class_weights, self.runtime]
+        key = repr(settings)
+        if cache is not None:
+            with suppress(Exception):  # there is no such file, or it is damaged
+                saved = torch.load(cache, weights_only=True)
+                if saved["key"] == key:
+                    return saved["images"], saved["ms"]
+        method = teacher_method(teacher, ode)
+        images, ms = self.generate(method.images, f"teacher, {ode.euler_steps} steps")
+        if cache is not None:
+            content = dict(key=key, images=images, ms=ms)
+            replace_file(cache, lambda opened: torch.save(content, opened))
+        return images, ms
+
+    def distances(self, found, classes, labels) -> dict:
+        """The measures of images whose features (N, 64) and classes (N,) the classifier found."""
+        row = dict(
+            distance=frechet(moments(found), moments(self.real)),
+            precision=coverage(found, by=self.real),
+            recall=coverage(self.real, by=found),
+        )
+        if len(self.record.classes) > 1:
+            row["accuracy"] = (classes == labels).double().mean().item()
+        return row
 
     def __call__(self, run, title: str) -> dict:
-        """The row of a way of sampling: its distances, how far `above` the teacher's is the Fréchet distance, and the
-        mean squared error to the teacher's images."""
-        images, labels = self.generate(run, title)
-        row = self.distances(images, labels)
-        return row | dict(above=row["frechet"] - self.best["frechet"],
-                          error=(images - self.target).square().mean().item())
+        """The row of a method: its error and, where there are real images, the other measures.
+        run(x_T, y) -> images (b, c, h, w)."""
+        images, ms = self.generate(run, title)
+        squares = (images - self.target).square()
+        row = dict(ms=ms, error=squares.mean().item())
+        if self.classifier is None:
+            return row
+        found, classes = features(self.classifier, images)
+        row |= self.distances(found, classes, self.labels)
+        row["above"] = row["distance"] - self.teacher_row["distance"]
+        row["chance"] = chance_of(found, self.teacher_features, self.real)
+        return row
 
 
-# ---- 3. Exposure bias, and what the history is used for -------------------------------------------------------------
-
-@torch.no_grad()
-def exposure_bias(student, about: dict, teacher_states, own_states, y) -> dict[str, list[float]]:
-    """The student's mean squared error to the teacher's next state at each of its S steps, {"forced": (S,), "own":
-    (S,)}: fed the teacher's states, as in training, and fed its own, as in sampling. What lies between is exposure
-    bias. From the same noises: all the teacher's states (b, steps + 1, …), and the student's (b, S + 1, …)."""
-    marks = torch.tensor(about["marks"])
-    truth = teacher_states[:, [0, *marks]]  # (b, S + 1, c, h, w)
-    if about["trajectory"] == "clean":
-        grid = PATHS[about["path"]].grid(about["steps"]).to(truth.device)
-        truth = torch.cat([truth[:, :1], seen(about, teacher_states, grid)[:, marks - 1]], 1)  # step k ends at mark k
-    forced = predict(student, about, truth[:, :-1], y)
-    return {name: rearrange((x - truth[:, 1:]).square(), "b s c h w -> s (b c h w)").mean(1).tolist()
-            for name, x in (("forced", forced), ("own", own_states[:, 1:]))}
+def check_classes(classes: tuple[str, ...], *data_sets: data.Dataset):
+    """Raises UserError where a data set has other classes than the network."""
+    # The classes of public networks are numbers; a single class is named after its folder.
+    has_names = len(classes) > 1 and classes[0] != "0"
+    for dataset in data_sets:
+        same_names = dataset.classes == classes or not has_names
+        if len(dataset.classes) != len(classes) or not same_names:
+            raise UserError(
+                "the real images are of other classes than the network's: check --data and --test"
+            )
 
 
-@torch.no_grad()
-def attention(student, states, y, told) -> list:
-    """How a student that reads the states (b, S, c, h, w) spreads its attention: (N, S, S), for each of its N history
-    layers and each state the shares that go to each of the states, the mean over samples, tokens and heads. y: (b,);
-    told: (S,), the states' times."""
-    shares = []
-
-    def watch(module, args, output):  # computes again what scaled_dot_product_attention keeps to itself
-        x, history, _ = args
-        S, n = x.shape[1:3]
-        q, k, _ = rearrange(module.qkv(x), "b s n (qkv h d) -> qkv b h (s n) d", qkv=3, h=module.heads)
-        owner = torch.arange(S, device=x.device).repeat_interleave(n)[None, None, :, None]  # whose key it is
-        rows = torch.zeros(S, S, device=x.device)
-        for i, queries in enumerate(q.split(n, dim=2)):
-            scores = queries @ visible(k, i, n, history).mT / q.shape[-1] ** 0.5
-            weights = scores.float().softmax(-1).mean((0, 1, 2))
-            rows[i].index_add_(0, visible(owner, i, n, history).flatten(), weights)
-        shares.append(rows.tolist())
-
-    hooks = [block.attn.register_forward_hook(watch) for block in student.blocks[: student.history_layers]]
-    student(states, told, y)
-    for hook in hooks:
-        hook.remove()
-    return shares
+def chance_of(found, teacher, real) -> float:
+    """Two standard deviations of the degradation over bootstrap samples of the images. found,
+    teacher: features (N, 64) of images from the same noises; real: (M, 64)."""
+    degradations = []
+    for i in range(RESAMPLES):
+        rng = data.stream(2, i)
+        rows = rng.integers(len(found), size=len(found))  # the same noises in both
+        real_rows = rng.integers(len(real), size=len(real))
+        reference = moments(real[real_rows])
+        distance = frechet(moments(found[rows]), reference)
+        teacher_distance = frechet(moments(teacher[rows]), reference)
+        degradations.append(distance - teacher_distance)
+    return 2 * statistics.stdev(degradations)
 
 
-# ---- 4. Cost --------------------------------------------------------------------------------------------------------
-
-def costs_of(name: str, image_size: int, channels: int, S: int, history_layers: int) -> dict[str, dict]:
-    """What reading S states costs a network of that size, without history and with each kind: {row: {"gmacs",
-    "percent"}}, billions of multiply-accumulates an image, and how much that is above no history. Nothing is allocated.
-    Raises Fault for a configuration that cannot be."""
+def compare(methods: dict[str, Method], evaluator: Evaluator) -> dict[str, dict]:
+    """The rows of all methods, of which the first is the teacher at full steps."""
     rows = {}
-    for history in HISTORIES:
-        try:
-            with torch.device("meta"):
-                model = DiT(image_size=image_size, channels=channels, classes=1000, **size(name), history=history,
-                            history_layers=history_layers)
-        except ValueError as error:
-            raise Fault(str(error)) from None
-        macs = model.macs(S)
-        rows[f"{history} history"] = dict(gmacs=macs / 1e9, percent=100 * (macs / (S * model.macs()) - 1))
+    for label, method in methods.items():
+        row = evaluator(method.images, label) if rows else evaluator.teacher_row
+        rows[label] = dict(calls=method.calls, gmacs=method.macs / 1e9) | row
     return rows
 
 
-# ---- 5. The program -------------------------------------------------------------------------------------------------
+def compare_degradations(rows: dict[str, dict], students: dict) -> list[str]:
+    """A sentence for each two students that differ in their history only: the degradation without
+    it over the degradation with it."""
+    sentences = []
+    for name, (_, record) in students.items():
+        for other, (_, other_record) in students.items():
+            with_history = rows[student_label(name, record)]
+            without = rows[student_label(other, other_record)]
+            differ = reads_history(record) and not reads_history(other_record)
+            if differ and record.student == other_record.student and "above" in without:
+                ratio = degradation_ratio(without, with_history)
+                sentences.append(
+                    f"degradation of {other} / degradation of {name}: {ratio} "
+                    "(paper, on ImageNet: 5.1)"
+                )
+    return sentences
 
-COLUMNS = {"calls": "d", "gmacs": ".4f", "ms": ".2f", "error": ".6f", "frechet": ".3f", "above": ".3f",
-           "precision": ".3f", "recall": ".3f", "accuracy": ".3f"}
+
+def degradation_ratio(without: dict, with_history: dict) -> str:
+    """Of two rows. Where the denominator is within chance, a bound."""
+    if without["above"] <= without["chance"]:
+        return "not known, since the first is within chance"
+    if with_history["above"] > with_history["chance"]:
+        return f"{without['above'] / with_history['above']:.1f}"
+    largest = max(0.0, with_history["above"]) + with_history["chance"]
+    return f"> {without['above'] / largest:.1f}, since the second is within chance"
 
 
-PROTOCOL = {"images": ",d", "fid": ".3f", "sfid": ".3f", "inception_score": ".3f", "precision": ".4f",
-            "recall": ".4f"}
+# ---- 4. Exposure bias, and what the history is used for ------------------------------------------
 
 
-def load_runs(runs: list[Path], teacher_path: Path | None, device):
-    """Students, from run folders or files, and the teacher they share: ({name: (model, about)}, teacher). The teacher
-    is looked for at `teacher_path`, or else beside the first student, in runs/ and among the shipped ones. Raises Fault
-    when it is not there, or when the students differ in their teacher, or in the guidance or steps of its ODE."""
-    students = {}
+def teacher_trajectory(teacher, student: Student, x_T, y):
+    """The teacher's trajectory as the student learns it, (b, S + 1, c, h, w): x_T (b, c, h, w),
+    then states or x0 predictions."""
+    states, x0 = solve(teacher, student.ode, x_T, y, keep=student.target_steps)
+    if student.trajectory == "states":
+        return states
+    return torch.cat([x_T[:, None], x0], dim=1)
+
+
+@torch.no_grad()
+def exposure_bias(model, student: Student, trajectory, y) -> dict[str, list[float]]:
+    """The student's mean squared error to the teacher's next state at each of its S steps: when it
+    reads the teacher's states ("teacher", (S,)), and when it reads its own ("own", (S,)).
+    trajectory: (b, S + 1, c, h, w), of `teacher_trajectory`; y: (b,)."""
+    predictions = {
+        "teacher": predict_all(model, student, trajectory[:, :-1], y),
+        "own": few_step(model, student, trajectory[:, 0], y)[:, 1:],
+    }
+    errors = {}
+    for name, states in predictions.items():
+        squares = (states - trajectory[:, 1:]).square()
+        errors[name] = reduce(squares, "b s c h w -> s", "mean").tolist()
+    return errors
+
+
+@torch.no_grad()
+def attention_shares(model, student: Student, states, y) -> list:
+    """Where attention goes when a student reads the states (b, S, c, h, w): the mean over samples,
+    heads and tokens, (N, S, S), for each history layer, state that reads and state that is read."""
+    S, layers = student.steps, []
+
+    def watch(module, inputs, output):
+        """Compute the weights again, which scaled_dot_product_attention does not return."""
+        x, history, _ = inputs
+        n = x.shape[2]
+        qkv = module.qkv(x)                                                 # (b, S, n, 3·width)
+        qkv = rearrange(qkv, "b s n (three h d) -> three b h (s n) d", three=3, h=module.heads)
+        q, k, _ = qkv
+        state_of_key = repeat(torch.arange(S, device=x.device), "s -> 1 1 (s n)", n=n)
+        shares = torch.zeros(S, S, device=x.device)
+        for i, query in enumerate(q.split(n, dim=2)):
+            keys = visible_keys(k, i, n, history)
+            scores = query @ keys.mT / q.shape[-1] ** 0.5
+            weights = scores.float().softmax(dim=-1)                        # (b, h, n, keys)
+            weights = reduce(weights, "b h query key -> key", "mean")
+            read = visible_keys(state_of_key, i, n, history).flatten()
+            shares[i].index_add_(0, read, weights)
+        layers.append(shares.tolist())
+
+    blocks = model.blocks[: model.config.history_layers]
+    hooks = [block.attn.register_forward_hook(watch) for block in blocks]
+    predict_all(model, student, states, y)
+    for hook in hooks:
+        hook.remove()
+    return layers
+
+
+def measure_curves(teacher, students: dict, evaluator: Evaluator):
+    """`exposure_bias` of each student, {name: …}, and `attention_shares` of those that have history
+    layers, when they read their own states."""
+    curves, shares = {}, {}
+    x_T, y = evaluator.noise(range(EXPOSURE_SAMPLES))
+    few = slice(ATTENTION_SAMPLES)
+    for name, (model, record) in students.items():
+        student = record.student
+        with evaluator.runtime.autocast():
+            trajectory = teacher_trajectory(teacher, student, x_T, y)
+            curves[name] = exposure_bias(model, student, trajectory, y)
+            if model.config.history_layers > 0 and reads_history(record):
+                states = few_step(model, student, x_T[few], y[few])[:, :-1]
+                shares[name] = attention_shares(model, student, states, y[few])
+    return curves, shares
+
+
+# ---- 5. Cost -------------------------------------------------------------------------------------
+
+
+def count_macs(config: ModelConfig, states: int = 1) -> int:
+    """Multiply-accumulates when the network reads that many states of a trajectory, in one pass or
+    one by one with a cache. DiT-XL/2 and one state: 118.6 G, which papers call FLOPs."""
+    n, d = config.tokens, config.width
+    values = config.channels * config.patch**2
+    outputs = 2 * values if config.learn_sigma else values
+    # The patch embedding; in a layer, qkv has 3·d² weights, proj 1 and the MLP 8; the output.
+    per_token = values * d + config.depth * 12 * d * d + d * outputs
+    # The time's 256 sinusoids and its MLP; the modulation of each layer and of the output.
+    per_state = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
+    # A state attends to itself in all layers, and to earlier ones in the history layers.
+    earlier = {"none": 0, "causal": states * (states - 1) // 2}.get(config.history, states - 1)
+    pairs = config.depth * states + config.history_layers * earlier
+    per_pair = 2 * n * n * d  # q·k, and the weighted sum of values
+    shortcut = n * d * d if config.noise_shortcut else 0  # for x_T only
+    return states * (n * per_token + per_state) + pairs * per_pair + shortcut
+
+
+def history_costs(flags) -> dict[str, dict]:
+    """For each kind of history, a row: billions of multiply-accumulates for an image ("gmacs"), and
+    by how many per cent that is more than without history."""
+    rows = {}
+    for history in HISTORIES:
+        try:
+            config = ModelConfig(
+                image_size=flags.image_size,
+                channels=flags.channels,
+                classes=1000,
+                history=history,
+                history_layers=flags.history_layers,
+                **parse_size(flags.flops),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        macs = count_macs(config, flags.steps)
+        plain = flags.steps * count_macs(config)
+        rows[f"{history} history"] = dict(gmacs=macs / 1e9, percent=100 * (macs / plain - 1))
+    return rows
+
+
+# ---- 6. Tables and figures -----------------------------------------------------------------------
+
+
+def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
+    """Rows {label: {column: value}} as text. `columns` gives the format of each column that is
+    shown. A value that a row does not have is left blank, a column without any is left out."""
+    used = set().union(*rows.values())
+    columns = {column: kind for column, kind in columns.items() if column in used}
+    width = max(map(len, rows)) + 2
+    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
+    for label, row in rows.items():
+        line = f"{label:{width}}"
+        for column, kind in columns.items():
+            text = format(row[column], kind) if column in row else ""
+            line += f"{text:>11}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure of that many inches, and its panels, an array (rows, columns)."""
+    figure = Figure((width, height), layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure: Figure, file: Path):
+    figure.savefig(output_file(file), dpi=110, bbox_inches="tight")
+
+
+def draw_images(images: dict[str, torch.Tensor], file: Path):
+    """A row of images (b, c, h, w) for each label."""
+    rows = list(images.values())
+    sheet = data.image_grid(torch.cat(rows), columns=len(rows[0]))
+    figure, axes = new_figure(3.2 + 0.7 * len(rows[0]), 0.5 + 0.7 * len(rows))
+    axis = axes[0, 0]
+    axis.imshow(sheet)
+    height = sheet.height / len(rows)
+    middles = [height * (i + 0.5) for i in range(len(rows))]
+    axis.set_yticks(middles, images)
+    axis.tick_params(length=0)
+    axis.set(xticks=[], title="same noise and class in a column")
+    axis.spines[:].set_visible(False)
+    save_figure(figure, file)
+
+
+def draw_paths(paths: dict[str, torch.Tensor], y, real, file: Path):
+    """Of points, a panel for each label: paths (b, s + 1, 2, 1, 1) from noise to image, coloured by
+    class, before real points (M, 2, 1, 1) in grey. A red line leads from the end of a path to the
+    end of the first label's path from the same noise."""
+    figure, axes = new_figure(3.4 * len(paths), 3.8, columns=len(paths))
+    goals = next(iter(paths.values()))[:, -1, :, 0, 0]
+    for axis, (label, states) in zip(axes[0], paths.items(), strict=True):
+        axis.plot(*real[:, :, 0, 0].T, ".", color="0.85", markersize=2)
+        for path, goal, k in zip(states[..., 0, 0], goals, y.tolist(), strict=True):
+            axis.plot(*path.T, f"C{k}.-", linewidth=0.7, markersize=2, alpha=0.35)
+            axis.plot(*path[-1], f"C{k}o", markersize=3.5)
+            axis.plot(*torch.stack([path[-1], goal]).T, "r-", linewidth=2)
+        axis.set_title(label.replace(" (", "\n("), fontsize=9)
+        axis.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
+    save_figure(figure, file)
+
+
+def draw_samples(methods: dict[str, Method], evaluator: Evaluator, file: Path):
+    """The first held-out noises through all methods: their images, or of points their paths."""
+    is_points = evaluator.record.model.image_size == 1
+    x_T, y = evaluator.noise(range(PATHS if is_points else PICTURES))
+    states = {}
+    for label, method in methods.items():
+        with evaluator.runtime.autocast():
+            states[label] = method.sample(x_T, y).cpu()
+    if is_points:
+        real = x_T[:0].cpu() if evaluator.real_images is None else evaluator.real_images[:1500]
+        draw_paths(states, y, real, file)
+    else:
+        draw_images({label: sample[:, -1] for label, sample in states.items()}, file)
+
+
+def draw_curves(curves: list[tuple], file: Path, **words):
+    """Curves (x, y, format, label), y on a logarithmic axis. `words`: title, xlabel and ylabel."""
+    figure, axes = new_figure(6.5, 4.2)
+    axis = axes[0, 0]
+    for x, y, style, label in curves:
+        axis.plot(x, y, style, label=label)
+    axis.set(yscale="log", **words)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize=8)
+    save_figure(figure, file)
+
+
+def draw_exposure(errors: dict[str, dict], file: Path):
+    """errors: {name: those of `exposure_bias`}."""
+    curves = []
+    for i, (name, both) in enumerate(errors.items()):
+        steps = range(1, len(both["own"]) + 1)
+        curves.append((steps, both["teacher"], f"C{i}o--", f"{name}, reads the teacher's states"))
+        curves.append((steps, both["own"], f"C{i}o-", f"{name}, reads its own states"))
+    draw_curves(
+        curves,
+        file,
+        title="Exposure bias is the gap between solid and dashed",
+        xlabel="step",
+        ylabel="mean squared error to the teacher's next state",
+    )
+
+
+def draw_losses(losses: dict[str, list], file: Path):
+    """losses: {name: [(iteration, mean loss, …), …]}."""
+    curves = []
+    for i, (name, entries) in enumerate(losses.items()):
+        iterations, values, *_ = zip(*entries, strict=True)
+        curves.append((iterations, values, f"C{i}", name))
+    draw_curves(curves, file, title="Training", xlabel="iteration", ylabel="loss")
+
+
+def draw_attention(shares: dict[str, list], file: Path):
+    """Which states the last step reads, layer by layer, for each student, {name: (N, S, S)}."""
+    figure, axes = new_figure(4.4 * len(shares), 3.8, columns=len(shares))
+    for axis, (name, layers) in zip(axes[0], shares.items(), strict=True):
+        cells = 100 * np.array(layers)[:, -1]                               # (N, S)
+        axis.imshow(
+            cells,
+            vmin=0,
+            vmax=100,
+            cmap="Blues",
+            origin="lower",
+            aspect="auto",
+        )
+        for (layer, state), cell in np.ndenumerate(cells):
+            axis.text(
+                state,
+                layer,
+                f"{cell:.0f}",
+                color="C3",
+                ha="center",
+                va="center",
+            )
+        states = ["x_T", *(f"state {i}" for i in range(1, cells.shape[1]))]
+        axis.set_xticks(range(len(states)), states)
+        axis.set_yticks(range(len(layers)))
+        axis.set_ylabel("layer, counted from 0")
+        axis.set_title(f"{name}: what the last step reads, %")
+    save_figure(figure, file)
+
+
+# ---- 7. The comparison, at the end of a training and as a program --------------------------------
+
+COLUMNS = {"calls": "d", "error": ".6f", "distance": ".3f", "above": ".3f", "chance": ".3f"}
+MORE_COLUMNS = dict(gmacs=".4f", ms=".2f", precision=".3f", recall=".3f", accuracy=".3f")
+LEGEND = """
+calls: network evaluations for an image. error: mean squared error to the teacher's full-step image
+of the same noise. distance: Fréchet distance to real images in the features of a small classifier
+(not FID). above: distance minus the teacher's. chance: two standard deviations of that.
+"""
+
+
+def show_comparison(
+    teacher,
+    students: dict,
+    evaluator: Evaluator,
+    out: Path,
+    full: bool,
+) -> dict:
+    """The whole comparison: prints the table, draws the figures into the folder `out`, and returns
+    the numbers. `full`: with all columns, and a row of other real images."""
+    methods = make_methods(teacher, students)
+    rows = compare(methods, evaluator)
+    ratios = compare_degradations(rows, students)
+    columns = COLUMNS
+    if full:
+        columns = COLUMNS | MORE_COLUMNS
+        if evaluator.real_row:
+            rows["other real images"] = evaluator.real_row
+    print(f"\n{evaluator.count:,} images of each method, from the same noises\n")
+    print(table(rows, columns), LEGEND, *ratios, "", sep="\n")
+
+    errors, shares = measure_curves(teacher, students, evaluator)
+    draw_samples(methods, evaluator, out / "samples.png")
+    draw_exposure(errors, out / "exposure.png")
+    if shares:
+        draw_attention(shares, out / "attention.png")
+    return dict(
+        images=evaluator.count,
+        device=str(evaluator.runtime.device),
+        rows=rows,
+        ratios=ratios,
+        exposure_bias=errors,
+        attention=shares,
+        students={name: asdict(record) for name, (_, record) in students.items()},
+    )
+
+
+def report(teacher, students: dict, losses: dict[str, list], out: Path, runtime: Runtime):
+    """The end of a training: the comparison as a table, result.json and figures in `out`.
+    students: {name: (model, StudentRecord)}, all of this teacher and of one ODE;
+    losses: {name: [(iteration, mean loss, …), …]}."""
+    _, record = next(iter(students.values()))
+    arguments = (teacher, record, record.student.ode, REPORT_IMAGES, runtime)
+    try:
+        evaluator = Evaluator(*arguments)
+    except UserError as error:
+        print(f"there are no distances to real images: {error}")
+        evaluator = Evaluator(*arguments, replace(record.data, source=None))
+    results = show_comparison(teacher, students, evaluator, out, full=False)
+    draw_losses(losses, out / "loss.png")
+    save_json(out / "result.json", results | dict(losses=losses))
+    print(f"wrote result.json, samples.png and other figures into {out}")
+
+
+def find_students(runs: list[Path], device) -> dict:
+    """{name: (model, StudentRecord)} of run folders and files. A folder stands for its student.pt
+    and, where there is one, its no-history.pt. Raises UserError where two have one name, and where
+    their teachers or ODEs differ."""
+    files = []
     for run in runs:
-        path = run if run.suffix == ".pt" else run / "student.pt"
-        name = path.resolve().parent.name if path.name == "student.pt" else path.stem
+        is_file = run.is_file() or run.suffix == ".pt"
+        files.append(run if is_file else run / "student.pt")
+        if (run / "no-history.pt").exists():
+            files.append(run / "no-history.pt")
+    students, teachers = {}, set()
+    for file in files:
+        folder = file.resolve().parent.name
+        names = {"student": folder, "no-history": f"{folder}, no-history.pt"}
+        name = names.get(file.stem, file.stem)
         if name in students:
-            raise Fault(f"two runs are called {name}, and a table cannot tell them apart: rename one")
-        if name.startswith("teacher") or "shuffled" in name:
-            raise Fault(f"a run called {name} would be taken for another row of the table: rename it")
-        students[name] = load_network(path, "student", device)
-    wanted = {tuple(about.get(key) for key in ("teacher", "guidance", "steps", "guided_channels"))
-              for _, about in students.values()}
-    if len(wanted) > 1:
-        raise Fault("these runs have different teachers, or trajectories of different guidance or steps: "
-                    "evaluate them one at a time")
-    [(fingerprint_wanted, *_)] = wanted
-    if teacher_path:
-        model, _ = load_network(teacher_path, "teacher", device)
-        if fingerprint_wanted in (None, fingerprint(model.state_dict())):  # None: the authors' files do not say
-            return students, model
-        raise Fault(f"{teacher_path} is not the teacher of {runs[0]}")
-    beside = runs[0].parent if runs[0].suffix == ".pt" else runs[0]
-    for place in (beside / "teacher.pt", *Path("runs").glob("*/teacher.pt"), *ASSETS.glob("*-teacher.pt")):
-        with suppress(Fault):  # not there, or damaged: it may be another
-            model, _ = load_network(place, "teacher", device)
-            if fingerprint(model.state_dict()) == fingerprint_wanted:
-                return students, model
-    raise Fault(f"the teacher of {runs[0]} was not found: name it with --teacher")
+            raise UserError(f"two students are called {name}: rename a folder or file")
+        model, record = load_network(file, "student", device=device)
+        students[name] = model, record
+        teachers.add((record.teacher, record.student.ode))
+    if len(teachers) > 1:
+        raise UserError(
+            "these students have learned from different teachers, or with different guidance or "
+            "Euler steps: evaluate them one at a time"
+        )
+    return students
 
 
-def draw(curves: dict[str, dict], shares: dict[str, list], out: Path):
-    """evaluation.png: the exposure-bias curves and, for each student with a history, where its attention goes."""
-    from matplotlib.figure import Figure
+def find_teacher_of(record: StudentRecord, run: Path, file: Path | None, device):
+    """The teacher of a student: `file`, or else one with the right weights beside the student, in
+    runs/ or in assets/. Raises UserError where there is none, or `file` is another one."""
+    places = [file]
+    if file is None:
+        places = [run / "teacher.pt", run.parent / "teacher.pt"]
+        places += Path("runs").glob("*/teacher.pt")
+        places += ASSETS.glob("*-teacher.pt")
+    for place in places:
+        try:
+            model, _ = load_network(place, "teacher", device=device)
+        except UserError:
+            if file is not None:
+                raise
+            continue  # there is none, or it is damaged: another may be right
+        unknown = record.teacher == "" and file is not None  # of a public student
+        if unknown or record.teacher == fingerprint(model.state_dict()):
+            return model
+    if file is not None:
+        raise UserError(f"{file} is not the teacher of {run}")
+    raise UserError(f"the teacher of {run} was not found: name its checkpoint with --teacher")
 
-    page = Figure((5.5 + 5.5 * len(shares), 4.4), layout="tight")
-    left, *others = page.subplots(1, 1 + len(shares), squeeze=False)[0]
-    for i, (name, curve) in enumerate(curves.items()):
-        steps = range(1, len(curve["own"]) + 1)
-        left.plot(steps, curve["forced"], "o--", color=f"C{i}", label=f"{name}, fed the teacher's states")
-        left.plot(steps, curve["own"], "o-", color=f"C{i}", label=f"{name}, fed its own")
-    left.set(xlabel="step", ylabel="mean squared error to the teacher's state", yscale="log", title="Exposure bias")
-    left.xaxis.get_major_locator().set_params(integer=True)
-    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)  # below: curves fill the panel
-    for axis, (name, layers) in zip(others, shares.items(), strict=True):
-        step, read = torch.tril_indices(len(layers[0]), len(layers[0]))
-        cells = 100 * torch.tensor(layers)[:, step, read]  # (N, pairs), %
-        axis.imshow(cells, vmin=0, vmax=100, cmap="Blues", origin="lower", aspect="auto")
-        for (layer, pair), cell in np.ndenumerate(cells.numpy()):
-            axis.text(pair, layer, f"{cell:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if cell > 50 else "black")
-        labels = [f"step {i + 1}: {'itself' if i == j else 'noise' if j == 0 else f'state {j}'}"
-                  for i, j in zip(step.tolist(), read.tolist(), strict=True)]
-        axis.set_xticks(range(len(labels)), labels, rotation=40, ha="right", fontsize=8)
-        axis.set_yticks(range(len(layers)), range(1, len(layers) + 1))
-        axis.set(ylabel="layer", title=f"{name}: what a step's attention reads, %")
-    page.savefig(writable(out), dpi=110)
+
+def parse_flags():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    shipped = ASSETS / "textures-student.pt"
+    add("runs", type=Path, nargs="*", default=[shipped], metavar="RUN", help="folders or students")
+    add("--teacher", type=Path, metavar="FILE", help="checkpoint (default: found by its weights)")
+    add("--data", metavar="DIR", help="the data set, if it is not where the teacher saw it")
+    add("--test", metavar="DIR", help="real images to compare with (default: the held-out ones)")
+    add("--count", type=positive_int, default=5000, help="images of each method (default: 5000)")
+    add("--out", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
+    group = parser.add_argument_group("the cost of reading a history, by count, and nothing else")
+    add = group.add_argument
+    add("--flops", metavar="SIZE/PATCH", help="of a network of this size, such as XL/2")
+    add("--image-size", type=positive_int, default=32, help="pixels or latents a side; default: 32")
+    add("--channels", type=positive_int, default=4, help="default: 4")
+    add("--steps", type=positive_int, default=4, help="states that are read (default: 4)")
+    add("--history-layers", type=non_negative_int, default=6, help="default: 6")
+    add_machine_flags(parser)
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("runs", type=Path, nargs="*", default=[ASSETS / "shapes-student.pt"], help="run folders, or student files")
-    add("--teacher", type=Path, help="their teacher's checkpoint (default: found by its fingerprint)")
-    add("--data", help="the data set, where it is no longer where the teacher saw it")
-    add("--count", type=positive, default=5000, help="generated and real images to compare (default: 5000)")
-    add("--out", type=Path, default=Path("runs/evaluation"), help="folder for the results (default: runs/evaluation)")
-    add("--samples", type=Path, help="instead: ADM's protocol for these images, an .npz file with arr_0, or a folder")
-    add("--reference", type=Path, help="and for these real ones: ADM's .npz, or a folder of images")
-    add("--inception", type=Path, metavar="FILE", help="torch-fidelity's Inception weights (default: it fetches them)")
-    add("--flops", metavar="SIZE/PATCH", help="instead: count the arithmetic of a network, described by the next four")
-    add("--image-size", type=positive, default=32, help="side of its images or latents (default: 32, of 256 pixels)")
-    add("--channels", type=positive, default=4, help="of its images or latents (default: 4)")
-    add("--steps", type=positive, default=4, help="states it reads (default: 4)")
-    add("--history-layers", type=whole, default=6, help="layers that read the history (default: 6)")
-    machine_flags(add)
-    args = parser.parse_args()
-    if args.flops:
-        rows = costs_of(args.flops, args.image_size, args.channels, args.steps, args.history_layers)
-        print(table(rows, {"gmacs": ".2f", "percent": ".2f"}))
+    flags = parse_flags()
+    if flags.flops:
+        print(table(history_costs(flags), {"gmacs": ".2f", "percent": ".2f"}))
         return
-    device, out = pick_device(args.device), make_folder(args.out)
-    if args.samples or args.reference or args.inception:
-        if not (args.samples and args.reference):
-            raise Fault("the protocol compares --samples with a --reference: give both")
-        row = protocol(args.samples, args.reference, args.inception, device)
-        print("", table({str(args.samples): row}, PROTOCOL), "", sep="\n")
-        save_json(out / "protocol.json", dict(samples=str(args.samples), reference=str(args.reference), **row))
-        print(f"wrote {out / 'protocol.json'}")
-        return
-    students, teacher = load_runs(args.runs, args.teacher, device)
-    judge = Judge(teacher, next(iter(students.values()))[1], args.count, device, args.bf16, args.data)
-    print(f"classifier: {judge.right:.2%} right on {len(judge.real):,} held-out real images")
-
-    rows, curves, shares, shown = dict(judge.rows), {}, {}, {}
-    for name, (student, about) in students.items():
-        costs, states, y = compare(teacher, student, about, device, args.bf16, name)
-        for row, (calls, run) in methods(teacher, student, about, name).items():
-            if row not in rows:  # the teacher's rows are shared
-                macs = calls * teacher.macs() if row.startswith("teacher") else student.macs(calls)
-                if row.endswith("shuffled"):  # without the cache, step by step
-                    macs = sum(student.macs(states) for states in range(1, calls + 1))
-                found = judge(run, row) if shown else judge.best  # the first way is the teacher's own
-                rows[row] = costs[row] | dict(gmacs=macs / 1e9) | found
-                shown[row] = states[row]
-        full, own = states[f"teacher, {about['steps']} steps"], states[f"{name}, {about['S']} steps"]
-        with autocast(device, args.bf16):
-            curves[name] = exposure_bias(student, about, full, own, y)
-            if f"{name}, history shuffled" in states:
-                shares[name] = attention(student, own[:, :-1], y, torch.tensor(about["told"], device=device))
-
-    print("", table(rows, COLUMNS), "", sep="\n")
-    print("calls of the network, and billions of multiply-accumulates (gmacs), for an image; error: to the teacher's;\n"
-          "frechet: to real images, in features of a small classifier (not FID); above: minus that of the teacher\n")
-    for name, curve in curves.items():
-        for fed in ("forced", "own"):
-            print(f"{name}: error per step, fed {'the teacher' if fed == 'forced' else 'its own'}: "
-                  + "  ".join(f"{e:.6f}" for e in curve[fed]))
-    save_json(out / "evaluation.json", dict(count=args.count, device=str(device), rows=rows,
-                                            exposure=curves, attention=shares,
-                                            runs={name: about for name, (_, about) in students.items()}))
-    draw(curves, shares, out / "evaluation.png")
-    figure({name: s for name, s in shown.items() if "shuffled" not in name}, out / "samples.png", y)
-    print(f"\nwrote evaluation.json, evaluation.png and samples.png into {out}")
+    runtime, out = runtime_from(flags), output_folder(flags.out)
+    students = find_students(flags.runs, runtime.device)
+    _, record = next(iter(students.values()))
+    teacher = find_teacher_of(record, flags.runs[0], flags.teacher, runtime.device)
+    evaluator = Evaluator(
+        teacher,
+        record,
+        record.student.ode,
+        flags.count,
+        runtime,
+        replace(record.data, source=flags.data or record.data.source),
+        test=flags.test,
+    )
+    results = show_comparison(teacher, students, evaluator, out, full=True)
+    save_json(out / "evaluation.json", results)
+    print(f"wrote evaluation.json, samples.png and other figures into {out}")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_program(main)

@@ -1,19 +1,21 @@
 """Sampling: images from a student in a few steps, or from a teacher in many.
 
-The student's loop is the whole point of ARD (paper, Sec. 3): each step reads the noise x_T and *everything it has
-produced since*, not the last state only. Keys and values of the earlier states are cached, so step s costs one state,
-not s.
+The student's loop, `few_step`, is half of the method (paper, Sec. 3.2). It takes S steps. Each step
+reads the noise x_T and *all states that the student has produced since*, not only the last one:
 
-    python sample.py                                      four-step images from the shipped student, into runs/samples/
-    python sample.py assets/shapes-teacher.pt             the same noises through the teacher's 24 steps
-    python sample.py --labels star heart --trajectory     stars and hearts, and how they came to be
-    python sample.py --count 50000 --npz                  samples.npz, as ADM's evaluator reads it
+    x̂_{τ_{s−1}} = G_θ( x_T, x̂_{τ_{S−1}}, …, x̂_{τ_s} ),        s = S, …, 1
+
+The keys and values of earlier states are cached, so that each step costs one pass over one state.
+No guidance is needed: the teacher's states, which the student has learned, already contain it.
+
+    python sample.py                               images from the shipped student, in four steps
+    python sample.py assets/textures-teacher.pt    the same noises through its teacher's 24 steps
+    python sample.py --labels 0 2 --trajectory     two classes, and how the images came to be
+    python sample.py --count 50000 --npz           samples.npz, for ADM's evaluator
 """
 
-import argparse
 import math
-import statistics
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,239 +24,242 @@ from einops import rearrange
 from PIL import Image
 
 import data
-from metrics import write_npz
+from command_line import (
+    make_parser,
+    non_negative,
+    non_negative_int,
+    positive_int,
+    run_program,
+)
+from config import ODE, Student, StudentRecord, TeacherRecord, override
+from files import UserError, output_file, output_folder
+from latents import VAE, decode, load_vae
+from machine import Progress, add_machine_flags, gather, rank, runtime_from, world_size
 from model import KVCache
-from teacher import ASSETS, PATHS, advance, load_network, over, solve
-from training import (Fault, Progress, autocast, command, gather, machine_flags, make_folder, pick_device, positive,
-                      rank, strength, synchronise, wait_for_all, whole, world, writable)
+from pretrained import ASSETS, load_network
+from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
+
+# ---- 1. The student's steps ----------------------------------------------------------------------
+
+
+def student_times(student: Student) -> torch.Tensor:
+    """The times of x_T and of the student's S targets on the noise path, (S + 1,). A student of 4
+    steps whose teacher takes 24: the states after 0, 6, 12, 18 and 24 of them, at the times 1, 3/4,
+    1/2, 1/4 and 0 of flow matching."""
+    path = NOISE_PATHS[student.ode.noise_path]
+    return path.times(student.ode.euler_steps)[[0, *student.target_steps]]
+
+
+def next_state(student: Student, output, x, t, t_next):
+    """The state that follows from the network's output at (x, t).
+
+    output = "state"      The output is the next state, as in the paper.
+    output = "direction"  The output is what the teacher would predict (v, say), and the state is an
+                          Euler step from t to t_next with it (ours). A student without history then
+                          starts as its teacher, unguided and with S Euler steps. Only the states of
+                          the ODE have such a direction; x0 predictions do not.
+    """
+    if student.output == "state":
+        return output
+    return euler_step(student.ode, output, x, t, t_next)
 
 
 @torch.no_grad()
-def few_step(model, about: dict, x_T, y, shuffle: bool = False):
-    """A student's trajectory, (b, S + 1, c, h, w): x_T first, its image last. x_T: (b, c, h, w); y: (b,).
-
-    `shuffle` is a control: every step reads its own state, but the *history of another sample* of the batch. A
-    student that makes use of its history should get worse. (It runs without the cache, on all the states so far.)"""
-    times = torch.tensor(about["times"], device=x_T.device)  # (S + 1,)
-    told = torch.tensor(about["told"], device=x_T.device)  # (S,): the times as the network hears them
-    states, cache = [x_T], KVCache(about["S"])
-    for s in range(about["S"]):
-        x = states[-1]
-        if shuffle:
-            others = [state.roll(1, dims=0) for state in states[:-1]]
-            output = model(torch.stack([*others, x], 1), told[: s + 1], y)[:, -1]
-        else:
-            output = model(x[:, None], told[s : s + 1], y, cache)[:, 0]
-        states.append(advance(about, output.float(), x, times[s], times[s + 1]))
-    return torch.stack(states, 1)
+def few_step(model, student: Student, x_T, y, steps: int | None = None):
+    """A student's trajectory: x_T, then one state a step, of which the last is its image,
+    (b, S + 1, c, h, w). x_T: (b, c, h, w); y: (b,). `steps`: stop after so many."""
+    times = student_times(student).to(x_T.device)                           # (S + 1,)
+    timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
+    states, cache = [x_T], KVCache(student.steps)
+    for i in range(student.steps if steps is None else steps):  # the paper's s is S − i
+        x = states[-1]                                                      # (b, c, h, w)
+        # The network reads the last state only: the cache holds what it needs of those before.
+        output = model(x[:, None], timesteps[i : i + 1], y, cache)[:, 0].float()
+        states.append(next_state(student, output, x, times[i], times[i + 1]))
+    return torch.stack(states, dim=1)
 
 
-def seen(about: dict, states, times):
-    """What the states of a trajectory (b, s + 1, c, h, w) promise: the clean images x̂_0 (b, s, c, h, w) that each
-    Euler step aimed at, from x = α·x̂_0 + σ·ε̂ before and after the step. Shows coarse become fine, which noisy
-    states hide."""
-    path, t, t_next = PATHS[about["path"]], times[:-1], times[1:]
-    α, σ, α_next, σ_next = (over(f(t_), states) for t_ in (t, t_next) for f in (path.alpha, path.sigma))
-    return (σ * states[:, 1:] - σ_next * states[:, :-1]) / (σ * α_next - σ_next * α)
+def predict_all(model, student: Student, states, y):
+    """All S predictions in one pass: for each of the states (b, S, c, h, w), x_T first, the next
+    state. This is how a student is trained; with its own states it is the same as `few_step`."""
+    times = student_times(student).to(states.device)
+    timesteps = torch.tensor(student.timesteps, device=states.device)
+    output = model(states, timesteps, y).float()                            # (b, S, c, h, w)
+    return next_state(student, output, states, times[:-1], times[1:])
 
 
-# ---- up to four ways from the same noise ----------------------------------------------------------------------------
-
-# Seeds of noise. Trajectories, what students learn from, have the first (0, 1, …); these are for noises never seen.
-HELD_OUT = 2**34  # on which students are judged; none is trained or tuned on it
-FRESH = 2**35  # from here on, those of this program's --seed
-
-
-def methods(teacher, student, about: dict, name="student") -> dict:
-    """{name: (network calls, (x_T, y) -> states)}: the teacher at its full steps, the teacher at the student's S
-    steps, the student and, where it has a history, the control: the student whose history is shuffled across the
-    batch. Guidance and steps of the teacher's ODE are those that the student has learned, in its `about`."""
-    S, full, twice = about["S"], about["steps"], 1 if about["guidance"] == 1 else 2  # guidance takes two calls a step
-    ways = {
-        f"teacher, {full} steps": (full * twice, lambda x_T, y: solve(teacher, about, x_T, y, full)[1]),
-        f"teacher, {S} steps": (S * twice, lambda x_T, y: solve(teacher, about, x_T, y, S)[1]),
-        f"{name}, {S} steps": (S, lambda x_T, y: few_step(student, about, x_T, y)),
-    }
-    if about["model"]["history_layers"] and about["model"]["history"] != "none" and S > 1:
-        ways[f"{name}, history shuffled"] = (S, lambda x_T, y: few_step(student, about, x_T, y, shuffle=True))
-    return ways
+def implied_x0(ode: ODE, states, times):
+    """The clean image at which each step of a trajectory aimed, (b, s, c, h, w), from the s + 1
+    states at these times: the x̂_0 of x = α·x̂_0 + σ·ε̂ before and after the step. It shows how
+    coarse structure becomes fine, which noisy states hide."""
+    alpha, sigma = mixing_weights(ode, times, states.device)                # (s + 1, 1, 1, 1)
+    alpha_next, sigma_next = alpha[1:], sigma[1:]
+    alpha, sigma = alpha[:-1], sigma[:-1]
+    x, x_next = states[:, :-1], states[:, 1:]
+    return (sigma * x_next - sigma_next * x) / (sigma * alpha_next - sigma_next * alpha)
 
 
-def compare(teacher, student, about: dict, device, bf16=False, name="student", repeats=3):
-    """Run the `methods` from the same held-out noises and labels: 256, or of latents, whose networks are large, 64.
-    Returns (rows, states, y): rows {name: {"calls", "error", "ms"}}, the mean squared error to the teacher's full-step
-    image and the milliseconds an image, the median of interleaved repeats; states {name: (b, s + 1, c, h, w)}; labels
-    (b,)."""
-    count = 64 if about["model"]["channels"] == 4 else 256
-    x_T, y = data.noise_and_labels(about, HELD_OUT, range(count))
-    x_T, y = x_T.to(device), y.to(device)
-    ways = methods(teacher, student, about, name)
-    states, seconds = {}, {name: [] for name in ways}
-    for name in Progress("comparing", list(ways) * repeats, unit="runs"):
-        synchronise(device)
-        began = time.perf_counter()
-        with autocast(device, bf16):
-            states[name] = ways[name][1](x_T, y)
-        synchronise(device)
-        seconds[name].append(time.perf_counter() - began)
-    target = next(iter(states.values()))[:, -1]
-    rows = {name: dict(calls=calls, error=(states[name][:, -1] - target).square().mean().item(),
-                       ms=1000 * statistics.median(seconds[name]) / count) for name, (calls, _) in ways.items()}
-    return rows, states, y
+# ---- 2. The program ------------------------------------------------------------------------------
 
 
-def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
-    """Rows {name: {column: value}} as text; `columns` gives each column's format. A value that is not there is left
-    blank."""
-    def text(row, key):
-        return format(row[key], columns[key]) if row.get(key) is not None else ""
-
-    width = max(map(len, rows)) + 2
-    cell = {key: max(len(key), 9, *(len(text(row, key)) for row in rows.values())) + 2 for key in columns}
-    lines = [" " * width + "".join(f"{key:>{cell[key]}}" for key in columns)]
-    for name, row in rows.items():
-        lines.append(f"{name:{width}}" + "".join(f"{text(row, key):>{cell[key]}}" for key in columns))
-    return "\n".join(lines)
+def sample_states(model, record: StudentRecord | TeacherRecord, x_T, y):
+    """The trajectory (b, s + 1, c, h, w) of a student or of a teacher."""
+    if isinstance(record, StudentRecord):
+        return few_step(model, record.student, x_T, y)
+    states, _ = solve(model, record.ode, x_T, y)
+    return states
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
-
-def figure(rows: dict[str, torch.Tensor], out: Path, y):
-    """Draw trajectories {name: (b, s + 1, c, h, w)}, all from the same noises and labels y (b,): for each name a row of
-    the first 16 final images or, of points, a panel with the first 100 paths in the plane."""
-    from matplotlib.figure import Figure  # not pyplot: nothing to choose, nothing to close
-
-    points = next(iter(rows.values())).shape[-1] == 1
-    rows = {name: states[: 100 if points else 16] for name, states in rows.items()}
-    first = next(iter(rows.values()))
-    if points:
-        page = Figure((3.4 * len(rows), 3.8), layout="tight")
-        axes = page.subplots(1, len(rows), squeeze=False)
-        real = data.load("points", 1, count=1500).images[:, :, 0, 0]
-        target = rearrange(first[:, -1].cpu(), "b xy 1 1 -> b xy")
-        for axis, (name, states) in zip(axes[0], rows.items(), strict=True):
-            axis.scatter(*real.T, s=2, color="0.85", zorder=0)
-            for path, label, goal in zip(states[..., 0, 0].cpu(), y.tolist(), target, strict=False):
-                axis.plot(*path.T, color=f"C{label}", linewidth=0.7, alpha=0.35, marker=".", markersize=2)
-                axis.plot(*path[-1], "o", color=f"C{label}", markersize=3.5)
-                axis.plot(*torch.stack([path[-1], goal]).T, color="red", linewidth=2, solid_capstyle="butt")
-            axis.set(title=name, aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
-    else:
-        page = Figure((10, 10.4 / len(first) * len(rows)), layout="tight")
-        axes = page.subplots(len(rows), 1, squeeze=False)
-        for axis, (name, states) in zip(axes[:, 0], rows.items(), strict=True):
-            axis.imshow(data.grid(states[:, -1], columns=len(states)))
-            axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    page.savefig(writable(out), dpi=110)
-
-
-# ---- the program ----------------------------------------------------------------------------------------------------
-
-def parse_labels(words: list[str], classes: list[str]) -> list[int]:
-    """Class names or numbers to numbers. Raises Fault for what is neither."""
+def parse_labels(words: list[str], classes: tuple[str, ...]) -> list[int]:
+    """Names or numbers of classes to numbers. Raises UserError for anything else."""
     labels = []
     for word in words:
-        label = classes.index(word) if word in classes else int(word) if word.isdecimal() else -1
+        label = int(word) if word.isdecimal() else -1
+        if word in classes:
+            label = classes.index(word)
         if not 0 <= label < len(classes):
             names = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
-            raise Fault(f"no class {word!r}: give numbers from 0 to {len(classes) - 1}, or names ({names})")
+            last = len(classes) - 1
+            raise UserError(f"no class {word!r}: give numbers from 0 to {last}, or names ({names})")
         labels.append(label)
     return labels
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_png_files(folder: Path, indices, images: np.ndarray, names: list[str]):
+    """images: (b, h, w, c), uint8."""
+    for i, image, name in zip(indices, images, names, strict=True):
+        file = output_file(folder / f"{i:05d}-{data.file_name(name)}.png")
+        Image.fromarray(image.squeeze()).save(file)
+
+
+def parse_flags():
+    parser = make_parser(__doc__)
     add = parser.add_argument
-    add("checkpoint", type=Path, nargs="?", default=ASSETS / "shapes-student.pt", help="student or teacher (.pt)")
-    add("--count", type=positive, default=64, help="images (default: 64)")
-    add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn (default: random)")
-    add("--seed", type=whole, default=0,
-        help="same seed, same images, at any --batch; from no noise that a student has learned from (default: 0)")
-    add("--steps", type=positive, help="a teacher's Euler steps (default: its own; a student has its fixed number)")
-    add("--guidance", type=strength, help="a teacher's guidance (default: its own; a student has it built in)")
-    add("--out", type=Path, default=Path("runs/samples"), help="folder for the results (default: runs/samples)")
-    add("--png", action="store_true", help="also write every image as a PNG of its own")
+    add(
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        default=ASSETS / "textures-student.pt",
+        help="a student or a teacher (default: the shipped student of textures)",
+    )
+    add("--count", type=positive_int, default=64, help="images (default: 64)")
+    add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn")
+    add("--seed", type=non_negative_int, default=0, help="of the noises (default: 0)")
+    add("--out", type=Path, default=Path("runs/samples"), help="folder (default: runs/samples)")
+    add("--trajectory", action="store_true", help="also draw the states of the first eight images")
+    add("--png", action="store_true", help="also write each image as a file, into OUT/images")
     add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
-    add("--trajectory", action="store_true", help="also draw the way there, for the first eight images")
-    add("--batch", type=positive, default=256, help="images at a time (default: 256)")
-    add("--vae", default=data.VAE, help=f"for latents: the autoencoder, a folder or a hub's name (default: {data.VAE})")
-    machine_flags(add)
-    args = parser.parse_args()
+    add("--batch", type=positive_int, default=256, help="images at a time (default: 256)")
+    add("--vae", default=VAE, help=f"of latents: autoencoder, a folder or name (default: {VAE})")
+    group = parser.add_argument_group("a teacher's ODE (a student's is fixed)")
+    group.add_argument("--euler-steps", type=positive_int, help="default: its own")
+    group.add_argument("--guidance-scale", type=non_negative, help="default: its own; 1 is none")
+    add_machine_flags(parser)
+    return parser.parse_args()
 
-    device, out = pick_device(args.device), make_folder(args.out)
-    model, about = load_network(args.checkpoint, ("student", "teacher"), device)
-    student, given = about["kind"] == "student", {key: getattr(args, key) for key in ("steps", "guidance")}
-    given = {key: value for key, value in given.items() if value is not None}
-    if student and given:
-        raise Fault("--steps and --guidance are for teachers: a student has both built in")
-    if about["model"]["image_size"] == 1:
-        raise Fault("points are not pictures: evaluate.py draws them in the plane")
-    about |= given
-    chosen = parse_labels(args.labels, about["classes"]) if args.labels else None
 
-    vae = data.load_vae(args.vae, device) if model.channels == 4 else None
+class Sampler:
+    """A network, and how its images are made: images(indices) gives those with these indices.
+    Image i depends on (seed, i) only, at any batch size and with any number of processes."""
 
-    def to_pixels(x):
-        return vae.decode(x / data.SCALE).sample if vae else x
+    def __init__(self, flags):
+        self.runtime = runtime_from(flags)
+        self.model, self.record = load_network(
+            flags.checkpoint, "student", "teacher", device=self.runtime.device
+        )
+        self.seed = data.SAMPLING_SEED + flags.seed
+        self.labels = parse_labels(flags.labels, self.record.classes) if flags.labels else None
+        is_latent = self.record.model.channels == 4
+        self.vae = load_vae(flags.vae, self.runtime.device) if is_latent else None
+        ode_flags = (flags.euler_steps, flags.guidance_scale)
+        if isinstance(self.record, TeacherRecord):
+            self.record = replace(self.record, ode=override(self.record.ode, flags))
+        elif ode_flags != (None, None):
+            raise UserError(
+                "--euler-steps and --guidance-scale are for teachers: a student has learned its own"
+            )
+        if self.record.model.image_size == 1:
+            raise UserError("points are not pictures: evaluate.py draws them in the plane")
 
-    def states_of(indices):
-        x_T, y = data.noise_and_labels(about, FRESH + args.seed, indices)
-        if chosen:
-            y = torch.tensor([chosen[i % len(chosen)] for i in indices])
-        with autocast(device, args.bf16):
-            x_T, label = x_T.to(device), y.to(device)
-            return few_step(model, about, x_T, label) if student else solve(model, about, x_T, label)[1], y
+    def states(self, indices):
+        """Trajectories (b, s + 1, c, h, w) and labels (b,)."""
+        x_T, y = data.noise_and_labels(self.record, self.seed, indices)
+        if self.labels:
+            y = torch.tensor([self.labels[i % len(self.labels)] for i in indices])
+        device = self.runtime.device
+        with self.runtime.autocast():
+            states = sample_states(self.model, self.record, x_T.to(device), y.to(device))
+        if not states.isfinite().all():
+            raise UserError("the network gives values that are not finite: train it again")
+        return states, y
 
-    def images_of(indices):
-        states, y = states_of(indices)
-        images = [data.to_uint8(to_pixels(part)) for part in states[:, -1].split(16)]
-        return indices, np.concatenate(images), y.tolist()
+    def pixels(self, x):
+        """Images in [-1, 1] of states (b, c, h, w), a few at a time: decoding takes memory."""
+        if self.vae is None:
+            return x
+        return torch.cat([decode(self.vae, few) for few in x.split(16)])
 
-    if args.png and rank() == 0:  # an earlier run's would be taken for this one's
-        for file in (out / "images").glob("[0-9]*-*.png"):
-            file.unlink()
-    wait_for_all()
-    shown = []
+    def images(self, indices):
+        """uint8 images (b, h, w, c) and the names of their classes."""
+        states, y = self.states(indices)
+        names = [self.record.classes[label] for label in y]
+        return data.to_uint8(self.pixels(states[:, -1])), names
 
-    def batches():  # all the images, on rank 0; on the way, the first hundred are kept and --png is done
-        together = args.batch * world()
-        for start in Progress("batches", range(0, args.count, together), unit="images", weight=together):
-            mine = range(args.count)[start + rank() * args.batch :][: args.batch]
-            for indices, images, labels in gather([images_of(mine)] if mine else []):
-                shown.extend(images[: 100 - len(shown)])
-                for i, image, label in zip(indices, images, labels, strict=True) if args.png else ():
-                    file = writable(out / "images" / f"{i:05d}-{about['classes'][label]}.png")
-                    Image.fromarray(image.squeeze()).save(file)
-                yield images
+    def draw_trajectory(self, count: int) -> Image.Image:
+        """A column for each image: its states and, where a step has one, the x̂_0 at which it
+        aimed."""
+        states, _ = self.states(range(count))
+        rows = [states]
+        if isinstance(self.record, TeacherRecord):
+            ode = self.record.ode
+            times = NOISE_PATHS[ode.noise_path].times(ode.euler_steps)
+            rows.append(implied_x0(ode, states, times))
+        elif self.record.student.trajectory == "states":
+            student = self.record.student
+            rows.append(implied_x0(student.ode, states, student_times(student)))
+        sheet = rearrange(torch.cat(rows, dim=1), "b s c h w -> (s b) c h w")
+        return data.image_grid(self.pixels(sheet), columns=count)
 
-    if args.npz and rank() == 0:
-        write_npz(out / "samples.npz", args.count, batches())
-    else:
-        for _ in batches():
-            pass
+
+def sample_all(sampler: Sampler, flags, sheet: list):
+    """Yields all images on rank 0, batch by batch, (b, h, w, c). The first hundred are also put
+    into `sheet`; with --png, each becomes a file."""
+    together = flags.batch * world_size()
+    starts = range(0, flags.count, together)
+    progress = Progress("sampling", starts, unit="images", size=together, amount=flags.count)
+    for start in progress:
+        mine = range(flags.count)[start + rank() * flags.batch :][: flags.batch]
+        made = [(mine, *sampler.images(mine))] if mine else []
+        for indices, images, names in gather(made):
+            sheet.extend(images[: 100 - len(sheet)])
+            if flags.png:
+                write_png_files(flags.out / "images", indices, images, names)
+            yield images
+
+
+def main():
+    flags = parse_flags()
+    out = output_folder(flags.out)
+    if flags.png and any((out / "images").glob("*")):
+        raise UserError(f"{out / 'images'} holds files: choose another --out, or remove them")
+    sampler, sheet = Sampler(flags), []
+    batches = sample_all(sampler, flags, sheet)
+    if flags.npz and rank() == 0:
+        data.write_npz(out / "samples.npz", flags.count, batches)
+        print(f"wrote {out / 'samples.npz'}")
+    for _ in batches:  # none are left if they went into the file
+        pass
     if rank() > 0:
         return
-    sheet = torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2) / 127.5 - 1
-    data.grid(sheet, columns=math.ceil(math.sqrt(len(sheet)))).save(writable(out / "grid.png"))
-    print(f"wrote {out / 'grid.png'}: {len(sheet)} of {args.count:,} images")
-    if args.png:
-        print(f"wrote {args.count:,} images into {out / 'images'}")
-    if args.npz:
-        print(f"wrote {out / 'samples.npz'}")
-    if args.trajectory:
-        first, _ = states_of(range(min(8, args.count)))
-        rows = [first]
-        if not student or about["output"] == "direction":
-            times = torch.tensor(about["times"]) if student else PATHS[about["path"]].grid(about["steps"])
-            rows.append(seen(about, first, times.to(device)))
-        sheet = rearrange(torch.cat(rows, 1), "b s c h w -> (s b) c h w")
-        sheet = torch.cat([to_pixels(part).cpu() for part in sheet.split(16)])
-        data.grid(sheet, columns=len(first)).save(writable(out / "trajectory.png"))
-        print(f"wrote {out / 'trajectory.png'}: a column an image; rows: {first.shape[1]} states, noise first"
-              + (f", then the {first.shape[1] - 1} clean images that the steps aimed at" if len(rows) > 1 else ""))
+    images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
+    columns = math.ceil(math.sqrt(len(sheet)))
+    data.image_grid(images, columns).save(output_file(out / "grid.png"))
+    print(f"wrote {out / 'grid.png'}: {len(sheet)} of {flags.count:,} images")
+    if flags.trajectory:
+        picture = sampler.draw_trajectory(min(8, flags.count))
+        picture.save(output_file(out / "trajectory.png"))
+        print(f"wrote {out / 'trajectory.png'}: a column for each image, from noise at the top")
 
 
 if __name__ == "__main__":
-    command(main)
+    run_program(main)

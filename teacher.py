@@ -1,41 +1,53 @@
-"""The teacher: a diffusion model, the ODE it defines, and the trajectories that a student will learn.
+"""The teacher: a diffusion model, the ODE that it defines, and how it is trained.
 
-A *noise path* mixes an image with noise, x_t = α(t)·x_0 + σ(t)·ε, from a clean image to (almost) pure noise x_T. A
-network that has seen x_t, t and a label estimates the pair (x̂_0, ε̂) behind it. Moving a little towards less noise,
+A *noise path* mixes an image x_0 with Gaussian noise ε,
 
-    x_{t'} = α(t')·x̂_0 + σ(t')·ε̂                                                                          (Euler)
+    x_t = α(t)·x_0 + σ(t)·ε                                                          (noise path)
 
-is one Euler step of the probability-flow ODE, whatever the path. In the coordinates x/α against σ/α it is Euler's
-method to the letter (wherever α > 0); on the flow-matching path it equals x + (t' − t)·v; on DDPM's path it is the
-DDIM step. So one solver serves all.
+from the image itself (α = 1, σ = 0) to almost pure noise x_T. A network that is given x_t, t and a
+class label estimates the pair behind it, (x̂_0, ε̂). These estimates define the *probability-flow
+ODE*
 
-    python teacher.py --preset points                 trains a teacher, into runs/points/teacher.pt
-    python teacher.py trajectories --preset shapes    solves its ODE from thousands of noises (distill.py does it too)
+    dx/dt = α'(t)·x̂_0(x, t) + σ'(t)·ε̂(x, t)                                                (ODE)
+
+whose solution carries each noise x_T to one image. An Euler step that goes from t to t' keeps the
+estimates of time t and moves along the noise path:
+
+    x_{t'} = α(t')·x̂_0 + σ(t')·ε̂                                                     (Euler step)
+
+This one formula serves every teacher. In the coordinates x/α against σ/α it is literally Euler's
+method (wherever α > 0). For flow matching it equals x + (t' − t)·v. For DDPM it *is* the DDIM step.
+
+    python teacher.py --preset points              trains a teacher, into runs/points/teacher.pt
+    python teacher.py --preset cifar10 --data DIR  the same on your own images, DIR/<class>/*.png
 """
 
 import argparse
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 
 import data
-import public
-from model import DiT, size
-from presets import TEACHERS, choose
-from training import (Fault, Progress, at_once, autocast, command, export, fingerprint, load_checkpoint, load_weights,
-                      part_flag, pick_device, positive, precision, rank, recompute, strength, train, training_flags,
-                      wait_for_all, writable)
+from command_line import add_training_flags, make_parser, non_negative, positive_int, run_program
+from config import ODE, PRESETS, ModelConfig, Preset, TeacherRecord, override_parts, parse_size
+from files import UserError, export, output_file
+from machine import Runtime, rank, runtime_from
+from model import DiT
+from training import train
 
-MARKS = 8  # states kept of a trajectory, besides x_T: of 24 steps every third
-ASSETS = Path(__file__).parent / "assets"
+LABEL_DROPOUT = 0.1  # of the labels in training are replaced by the null class, for guidance
+
+# ---- 1. Noise paths ------------------------------------------------------------------------------
 
 
-# ---- 1. Noise paths -------------------------------------------------------------------------------------------------
-# A path is α and σ as functions of its time, and that time's ends: T (noise) and `clean`.
 class FlowMatching:
-    """Straight lines from image to noise (2210.02747; rectified flow, 2209.03003): α = 1 − t, σ = t."""
-    T, clean = 1.0, 0.0
+    """Straight lines from image to noise (arXiv 2210.02747, 2209.03003): α = 1 − t, σ = t, so that
+    v = dx/dt = ε − x_0."""
+
+    t_noise, t_image = 1.0, 0.0  # the two ends of the path
 
     def alpha(self, t):
         return 1 - t
@@ -43,294 +55,291 @@ class FlowMatching:
     def sigma(self, t):
         return t
 
-    def told(self, t):
-        """The time as the network hears it: 0 … 1000, where its sinusoids tell times apart."""
+    def timestep(self, t):
+        """What the network is given as time: 0 … 1000, the range that its sinusoids resolve."""
         return 1000 * t
 
-    def grid(self, steps: int) -> torch.Tensor:
-        """(steps + 1,) times from T to clean."""
-        return torch.linspace(self.T, self.clean, steps + 1)
+    def times(self, euler_steps: int) -> torch.Tensor:
+        """The (euler_steps + 1,) times from noise to image between which the Euler steps go."""
+        return torch.linspace(self.t_noise, self.t_image, euler_steps + 1)
 
-    def draw(self, count: int, rng: np.random.Generator) -> torch.Tensor:
-        """Training times, logit-normal: most of them in the middle, where the task is hardest (SD3, 2403.03206)."""
+    def draw_times(self, count: int, rng: np.random.Generator) -> torch.Tensor:
+        """Training times, logit-normal: most of them in the middle, where the task is hardest
+        (Stable Diffusion 3, arXiv 2403.03206)."""
         return torch.sigmoid(torch.from_numpy(rng.standard_normal(count, dtype=np.float32)))
 
 
 class DDPM:
-    """1000 steps of linear β, 1e-4 … 0.02 (Ho et al. 2006.11239), as in the public DiT: α = √ᾱ, σ = √(1 − ᾱ).
-    t is the integer 0 … 999; `clean` is t = −1, before the first noise, where ᾱ = 1."""
-    T, clean = 999, -1
+    """1000 steps with a linear β from 1e-4 to 0.02 (arXiv 2006.11239), as in the public DiT:
+    α = √ᾱ, σ = √(1 − ᾱ). Times are the integers 0 … 999. The image itself has t = −1, where ᾱ =
+    1."""
+
+    t_noise, t_image = 999, -1
 
     def __init__(self):
-        kept = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
-        self.alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), kept])  # ᾱ of t = −1, 0, …, 999
+        beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        alpha_bar = torch.cumprod(1 - beta, dim=0)
+        image = torch.ones(1, dtype=torch.float64)
+        self.alpha_bar = torch.cat([image, alpha_bar])  # ᾱ at t = −1, 0, …, 999
 
-    def _at(self, table, t):
+    def look_up(self, table, t):
         t = torch.as_tensor(t)
-        return torch.take(table.float().to(t.device), t.long() + 1)
+        return table.float().to(t.device)[t.long() + 1]
 
     def alpha(self, t):
-        return self._at(self.alpha_bar.sqrt(), t)
+        return self.look_up(self.alpha_bar.sqrt(), t)
 
     def sigma(self, t):
-        return self._at((1 - self.alpha_bar).sqrt(), t)
+        return self.look_up((1 - self.alpha_bar).sqrt(), t)
 
-    def told(self, t):
+    def timestep(self, t):
         return t
 
-    def grid(self, steps: int) -> torch.Tensor:
-        """(steps + 1,): `steps` integers evenly over 999 … 0, halves to even as in the public code, then `clean`."""
-        steps = torch.linspace(self.T, 0, steps, dtype=torch.float64).round()
-        return torch.cat([steps, torch.tensor([self.clean])]).float()
+    def times(self, euler_steps: int) -> torch.Tensor:
+        """As the public code respaces: integers spread evenly from 999 to 0, where halves are
+        rounded to the even neighbour; then −1."""
+        integers = torch.linspace(self.t_noise, 0, euler_steps, dtype=torch.float64).round()
+        return torch.cat([integers, torch.tensor([self.t_image])]).float()
 
-    def draw(self, count, rng):
+    def draw_times(self, count: int, rng: np.random.Generator) -> torch.Tensor:
         return torch.from_numpy(rng.integers(0, 1000, count).astype(np.float32))
 
 
-PATHS = {"flow": FlowMatching(), "ddpm": DDPM()}
+class SiT(FlowMatching):
+    """Flow matching as in the public SiT: its network is given 1 − t, 0 for noise, 1 for images."""
+
+    def timestep(self, t):
+        return 1 - t
 
 
-# ---- 2. From a network's output to the next state -------------------------------------------------------------------
+class REPA(FlowMatching):
+    """Flow matching as in the public REPA: its network is given t itself."""
 
-def over(t, x):
-    """Values for times (), (b,), (s,) or (b, s) with three axes added, to go with images (…, c, h, w)."""
-    return torch.as_tensor(t, device=x.device)[..., None, None, None]
+    def timestep(self, t):
+        return t
 
 
-def estimate(path, predicts: str, output, x, t):
-    """What the network's output at (x, t) says of the image and the noise: (x̂_0, ε̂), from x = α·x_0 + σ·ε and
+NOISE_PATHS = {"flow": FlowMatching(), "ddpm": DDPM(), "sit": SiT(), "repa": REPA()}
 
-        "v": v = ε − x_0, flow matching's velocity    "eps": ε    "x0": x_0
+
+def mixing_weights(ode: ODE, t, device):
+    """α(t) and σ(t) of an ODE's noise path, with three axes added to multiply images (…, c, h,
+    w)."""
+    path = NOISE_PATHS[ode.noise_path]
+    t = torch.as_tensor(t, device=device)
+    alpha = rearrange(path.alpha(t), "... -> ... 1 1 1")
+    sigma = rearrange(path.sigma(t), "... -> ... 1 1 1")
+    return alpha, sigma
+
+
+def add_noise(ode: ODE, images, noise, t):
+    """x_t = α(t)·x_0 + σ(t)·ε. images and noise: (b, c, h, w); t: () or (b,)."""
+    alpha, sigma = mixing_weights(ode, t, images.device)
+    return alpha * images + sigma * noise
+
+
+# ---- 2. From a network's output to the next state ------------------------------------------------
+
+
+def estimate(ode: ODE, output, x, t):
+    """What the network's output at (x, t) says of the image and of the noise: (x̂_0, ε̂). From
+    x = α·x_0 + σ·ε and what was predicted,
+
+        predicts = "v":      v = ε − x_0  (flow matching's velocity, on any path)
+        predicts = "eps":    ε
     """
-    alpha, sigma = over(path.alpha(t), x), over(path.sigma(t), x)
-    if predicts == "v":
+    alpha, sigma = mixing_weights(ode, t, x.device)
+    if ode.predicts == "v":
         return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
-    if predicts == "eps":
-        return (x - sigma * output) / alpha, output
-    return output, (x - alpha * output) / sigma
+    return (x - sigma * output) / alpha, output
 
 
-def euler(path, x0, eps, t_next):
-    """x_{t'} = α(t')·x̂_0 + σ(t')·ε̂: one Euler step of the probability-flow ODE."""
-    return over(path.alpha(t_next), x0) * x0 + over(path.sigma(t_next), x0) * eps
+def euler_step(ode: ODE, output, x, t, t_next):
+    """x_{t'} = α(t')·x̂_0 + σ(t')·ε̂: one Euler step of the ODE. x: (…, c, h, w); t: () or (…)."""
+    x0, eps = estimate(ode, output, x, t)
+    return add_noise(ode, x0, eps, t_next)
 
 
-def advance(about: dict, output, x, t, t_next):
-    """A student's output as its next state. about["output"] says what the student puts out:
+def guided_output(model, ode: ODE, x, timestep, y):
+    """Classifier-free guidance (arXiv 2207.12598): uncond + scale·(cond − uncond), in one batch.
+    x: (b, c, h, w); timestep: (); y: (b,). The public DiT guides three of its four channels
+    only."""
+    def run(x, y):
+        output = model(rearrange(x, "b c h w -> b 1 c h w"), timestep[None], y)
+        return rearrange(output, "b 1 c h w -> b c h w").float()
 
-        "state"      the next state itself, as in the paper
-        "direction"  what its teacher predicts (v, say), with which it takes the Euler step from t to t_next. With the
-                     teacher's weights and no history, it starts as the unguided teacher taking few steps.
-    """
-    if about["output"] == "state":
-        return output
-    path = PATHS[about["path"]]
-    return euler(path, *estimate(path, about["predicts"], output, x, t), t_next)
-
-
-def guided(model, x, t, y, guidance: float, channels: int | None = None):
-    """Classifier-free guidance (2207.12598): uncond + s·(cond − uncond), in one batch. x (b, c, h, w), t (), y (b,).
-    The public DiT guides the first three latent `channels` only."""
-    if guidance == 1:
-        return model(x[:, None], t[None], y)[:, 0]
+    if ode.guidance_scale == 1:
+        return run(x, y)
     null = torch.full_like(y, model.null_class)
-    cond, uncond = model(torch.cat([x, x])[:, None], t[None], torch.cat([y, null]))[:, 0].chunk(2)
-    mixed = uncond + guidance * (cond - uncond)
-    return mixed if channels is None else torch.cat([mixed[:, :channels], cond[:, channels:]], dim=1)
+    cond, uncond = run(torch.cat([x, x]), torch.cat([y, null])).chunk(2)
+    guided = uncond + ode.guidance_scale * (cond - uncond)
+    if ode.guided_channels is None:
+        return guided
+    return torch.cat([guided[:, : ode.guided_channels], cond[:, ode.guided_channels :]], dim=1)
 
 
 @torch.no_grad()
-def solve(model, about: dict, x_T, y, steps: int | None = None, marks=None):
-    """The ODE from noise to image, in Euler steps with guidance: `steps` of them (default: the teacher's own number).
+def solve(model, ode: ODE, x_T, y, keep=None):
+    """Solve the ODE from noise to image. x_T: (b, c, h, w); y: (b,).
 
-    x_T: (b, c, h, w); y: (b,). Returns what is seen at x_T and at the m `marks` (numbers of steps done; default: all):
-    times (m + 1,); states (b, m + 1, c, h, w), x_T first and the image last; clean (b, m, c, h, w), the prediction x̂_0
-    from which the step that ends at the mark was taken. At the last mark, state and x̂_0 are equal."""
-    path, steps = PATHS[about["path"]], steps or about["steps"]
-    grid = path.grid(steps).to(x_T.device)
-    marks = range(1, steps + 1) if marks is None else marks
-    x, states, clean = x_T, [x_T], []
-    for k in range(steps):
-        output = guided(model, x, path.told(grid[k]), y, about["guidance"], about.get("guided_channels")).float()
-        x0, eps = estimate(path, about["predicts"], output, x, grid[k])
-        x = euler(path, x0, eps, grid[k + 1])
-        if k + 1 in marks:
+    `keep`: numbers of Euler steps after which the state is kept (default: after each). For m of
+    them,
+
+        states    (b, m + 1, c, h, w)   x_T, then the states; the last is the image
+        x0        (b, m, c, h, w)       the clean predictions x̂_0 of the steps that ended there
+
+    At the last step both are the same image."""
+    path = NOISE_PATHS[ode.noise_path]
+    times = path.times(ode.euler_steps).to(x_T.device)
+    keep = range(1, ode.euler_steps + 1) if keep is None else keep
+    x, states, predictions = x_T, [x_T], []
+    for k in range(ode.euler_steps):
+        output = guided_output(model, ode, x, path.timestep(times[k]), y)
+        x0, eps = estimate(ode, output, x, times[k])
+        x = add_noise(ode, x0, eps, times[k + 1])                           # the Euler step
+        if k + 1 in keep:
             states.append(x)
-            clean.append(x0)
-    return grid[[0, *marks]], torch.stack(states, 1), torch.stack(clean, 1)
+            predictions.append(x0)
+    return torch.stack(states, dim=1), torch.stack(predictions, dim=1)
 
 
-# ---- 3. Training a teacher ------------------------------------------------------------------------------------------
+# ---- 3. Training ---------------------------------------------------------------------------------
 
-def teacher_loss(model, about, images, y, t, noise, dropped):
-    """The network learns what produced a noisy image: || output − target ||², with the target v, ε or x_0. Where
-    `dropped` is true the label is replaced by the null class, which is what guidance subtracts later. t: (b,)."""
-    path = PATHS[about["path"]]
-    x = over(path.alpha(t), images) * images + over(path.sigma(t), images) * noise
-    target = {"v": noise - images, "eps": noise, "x0": images}[about["predicts"]]
-    y = torch.where(dropped, about["model"]["classes"], y)
-    output = model(x[:, None], path.told(t)[:, None], y)[:, 0]
+
+def teacher_loss(model, ode: ODE, images, y, t, noise):
+    """‖ output − target ‖², where the target is v = ε − x_0 or ε. images and noise: (b, c, h, w);
+    y: (b,) labels; t: (b,) times of the noise path."""
+    x = add_noise(ode, images, noise, t)
+    target = noise - images if ode.predicts == "v" else noise
+    timesteps = NOISE_PATHS[ode.noise_path].timestep(t)
+    output = model(x[:, None], timesteps[:, None], y)[:, 0]                 # one state each
     return (output.float() - target).square().mean()
 
 
-def train_teacher(preset: dict, out: Path, device, seed=0):
-    """Train the teacher that a preset describes; returns (model, about). Continues what is at `out`."""
-    path, source = PATHS[preset["path"]], preset["data"]
-    if preset["predicts"] == "eps" and path.alpha(path.T) == 0:
-        raise Fault("x_T is noise alone on this path, and ε̂ cannot tell x_0 from it: use --predicts v, or --path ddpm")
-    if source is None:
-        raise Fault("this preset needs images: --data ROOT, a folder with ROOT/<class>/*.png (or jpg, jpeg, webp)")
-    dataset = data.load(source, preset["image_size"], preset["channels"], preset["flip"])
-    channels, image_size, _ = dataset.shape
-    if (channels, image_size) != (preset["channels"], preset["image_size"]):
-        raise Fault(f"{source} has images of {channels} channels and {image_size} pixels: choose another preset")
-    torch.manual_seed(seed)
+def check_ode(ode: ODE):
+    """Raises UserError for a prediction that cannot work on its noise path."""
+    path = NOISE_PATHS[ode.noise_path]
+    if ode.predicts == "eps" and path.alpha(path.t_noise) == 0:
+        raise UserError(
+            "on this noise path x_T is noise alone, so a prediction of ε says nothing of the "
+            "image: use --predicts v, or --noise-path ddpm"
+        )
+
+
+def make_teacher(preset: Preset, dataset: data.Dataset) -> tuple[DiT, TeacherRecord]:
+    """A fresh network for a data set, and what its checkpoint will say of it."""
+    check_ode(preset.ode)
+    torch.manual_seed(preset.teacher.seed)
     try:
-        config = dict(image_size=image_size, channels=channels, classes=len(dataset.classes), **size(preset["size"]))
-        model = DiT(**config)
+        config = ModelConfig(
+            image_size=preset.data.image_size,
+            channels=preset.data.channels,
+            classes=len(dataset.classes),
+            **parse_size(preset.size),
+        )
     except ValueError as error:
-        raise Fault(str(error)) from None
-    fit = {key: preset[key] for key in ("iterations", "batch", "lr", "decay")}
-    how = {key: preset[key] for key in ("bf16", "accumulate", "compile", "schedule")}
-    solver = {key: preset[key] for key in ("path", "predicts", "guidance", "guided_channels", "steps")}
-    about = dict(kind="teacher", model=config, **solver, data=str(Path(source)), classes=dataset.classes,
-                 training=dict(**fit, flip=dataset.flip, images=len(dataset), seed=seed))
-    model.to(device)
-    model.checkpointing = recompute(preset, model, 1, device)
+        raise UserError(str(error)) from None
+    record = TeacherRecord(
+        model=config,
+        ode=preset.ode,
+        data=preset.data,
+        classes=tuple(dataset.classes),
+        class_weights=dataset.class_weights,
+        images=len(dataset),
+        training=preset.teacher,
+    )
+    return DiT(config), record
 
-    def batch_of(step):
-        rng = data.stream(seed, step)
-        images, y = dataset.draw(fit["batch"], rng)
+
+def train_teacher(preset: Preset, file: Path, runtime: Runtime):
+    """Train the teacher that a preset describes, into the checkpoint `file`. Continues what is
+    there. Returns (its EMA, its record)."""
+    dataset = data.load(preset.data)
+    model, record = make_teacher(preset, dataset)
+    model.to(runtime.device)
+    training, ode = record.training, record.ode
+
+    def batch_at(iteration: int):
+        rng = data.stream(training.seed, iteration)
+        images, y = dataset.draw(training.batch, rng)
         noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
-        return images, y, path.draw(len(y), rng), noise, torch.from_numpy(rng.random(len(y)) < 0.1)
+        t = NOISE_PATHS[ode.noise_path].draw_times(len(y), rng)
+        without_label = torch.from_numpy(rng.random(len(y)) < LABEL_DROPOUT)
+        y = torch.where(without_label, model.null_class, y)
+        return images, y, t, noise
 
-    print(f"training a teacher on {source}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-          f"{fit['iterations']:,} iterations of {fit['batch']} on {device} in "
-          f"{precision(device, preset['bf16'])}, into {out}")
-    average, _ = train("teacher", model, batch_of, lambda model, *batch: teacher_loss(model, about, *batch),
-                       out, about, **fit, warmup=fit["iterations"] // 20, **how)
-    return average, about
+    def loss_of(network, *batch):
+        return teacher_loss(network, ode, *batch)
 
+    def preview(ema, iteration: int):
+        draw_samples(ema, record, file.with_suffix(".png"), runtime)
 
-def load_network(path, kind, device="cpu"):
-    """The averaged model of a checkpoint, ready to use, and its `about`. Raises Fault (see load_checkpoint)."""
-    path = Path(path)
-    if (path / "config.json").exists() or (path / "transformer").is_dir():
-        if kind == "student":
-            raise Fault(f"{path} holds a teacher, and a student is needed")
-        checkpoint = public.adapt(public.from_diffusers(path), path)
-    else:
-        checkpoint = load_checkpoint(path, kind, foreign=public.adapt)
-    about = checkpoint["about"]
-    try:
-        model, end = DiT(**about["model"]), about.get("refined", about["training"])["iterations"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Fault(f"{path} describes no network that is known here: {error}") from None
-    if checkpoint.get("step", end) < end:
-        print(f"note: the training of {path} is not finished (step {checkpoint['step']:,} of {end:,})")
-    load_weights(model, checkpoint["ema"], path)
-    return model.float().to(device).eval().requires_grad_(False), about
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(
+        f"training a teacher of {parameters / 1e6:.1f}M parameters: {training.iterations:,} "
+        f"iterations of {training.batch} on {runtime.device} in {runtime.precision}, into {file}"
+    )
+    ema, _ = train("teacher", model, loss_of, batch_at, file, record, runtime, preview)
+    return ema, record
 
 
-# ---- 4. Trajectories for a student ----------------------------------------------------------------------------------
-
-def write_trajectories(model, about: dict, folder: Path, count: int, device, bf16=False, seed=0,
-                       marks=None, keep="both", part=(0, 1)):
-    """Solve the teacher's ODE from `count` noises (rounded up to whole shards) and keep what is seen at the `marks`,
-    numbers of steps done (default: MARKS evenly): "states", "clean" predictions or "both" (`keep`). Shards that are
-    there already are kept; `part` (i, k): only every k-th from the i-th on. Raises Fault when the folder holds other
-    trajectories or other files."""
-    steps = about["steps"]
-    if not marks and steps % MARKS:
-        raise Fault(f"{MARKS} states of a trajectory are kept: the teacher's --steps must be a multiple of {MARKS}, "
-                    f"which {steps} is not (teacher.py trajectories)")
-    if marks and (sorted(set(marks)) != list(marks) or marks[0] < 1 or marks[-1] != steps):
-        raise Fault(f"marks are rising numbers of the teacher's steps, the last of them {steps}, which "
-                    f"{' '.join(map(str, marks))} are not: give others, teacher.py trajectories --marks")
-    marks = marks or [steps * (j + 1) // MARKS for j in range(MARKS)]
-    times = PATHS[about["path"]].grid(steps)[[0, *marks]].tolist()
-    meta = dict(teacher=fingerprint(model.state_dict()), steps=steps, marks=list(marks), times=times,
-                path=about["path"], guidance=about["guidance"], guided_channels=about.get("guided_channels"),
-                keep=keep, shape=data.image_shape(about), seed=seed)
-    todo = data.start_shards(folder, meta, count, part)
-    for i in Progress("shards of trajectories", todo, unit="trajectories", weight=data.SHARD):
-        x_T, y = data.noise_and_labels(about, seed, range(i * data.SHARD, (i + 1) * data.SHARD))
-        parts = zip(*(tensor.to(device).split(at_once(device)) for tensor in (x_T, y)), strict=True)
-        with autocast(device, bf16):
-            _, states, clean = zip(*[solve(model, about, *part, marks=marks) for part in parts], strict=True)
-        columns = dict(states=torch.cat(states), clean=torch.cat(clean))
-        kept = {name: x[:, :data.record(meta)[name].shape[0]].half() for name, x in columns.items()}
-        data.write_shard(folder, meta, i, label=y, **kept)
-    wait_for_all()
+def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime, count=80):
+    """Write a sheet of the teacher's images, classes in turn. (Latents are no pictures:
+    nothing.)"""
+    if record.model.channels not in (1, 3):
+        return
+    y = torch.arange(count) % min(10, record.model.classes)
+    x_T, _ = data.noise_and_labels(record, record.training.seed, range(count))
+    with runtime.autocast():
+        x_T, y = x_T.to(runtime.device), y.to(runtime.device)
+        states, _ = solve(model, record.ode, x_T, y, keep=[record.ode.euler_steps])
+    data.image_grid(states[:, -1], columns=10).save(output_file(file))
 
 
-# ---- The program ----------------------------------------------------------------------------------------------------
-
-def find_teacher(path: Path | None, preset: str, run: Path, device):
-    """The teacher at `path`, or else the one trained into the folder `run`, or else the one that ships with the
-    repository; (model, about). Raises Fault when there is none."""
-    shipped = ASSETS / f"{preset}-teacher.pt"
-    path = path or (run / "teacher.pt" if (run / "teacher.pt").exists() or not shipped.exists() else shipped)
-    if not path.exists():
-        raise Fault(f"no teacher at {path}: name one with --teacher, or train it: python teacher.py --preset {preset}")
-    model, about = load_network(path, "teacher", device)
-    print(f"teacher: {path}")
-    return model, about
+# ---- 4. The program ------------------------------------------------------------------------------
 
 
-# Flags that one of the two jobs alone has a use for.
-TRAINING = ("data", "size", "image_size", "channels", "flip", "path", "predicts", "iterations", "batch", "lr",
-            "checkpointing", "accumulate", "compile", "export")
-WRITING = ("marks", "keep", "teacher", "count", "part")
+def parse_flags():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="textures", help="sets everything (default: textures)")
+    add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
+    add("--data", dest="source", help="textures, shapes, points, or a folder DIR/<class>/*.png")
+    group = parser.add_argument_group("data and network")
+    add = group.add_argument
+    add("--image-size", type=positive_int, help="pixels a side")
+    add("--channels", type=int, choices=(1, 3), help="1 for grey images, 3 for colour")
+    add(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="mirror training images at random",
+    )
+    add("--size", help="network, as SIZE/PATCH with a size of N, T, S, B, L or XL, such as T/4")
+    group = parser.add_argument_group("ODE")
+    add = group.add_argument
+    add("--noise-path", choices=("flow", "ddpm"), help="flow matching, or DDPM")
+    add("--predicts", choices=("v", "eps"), help="what the network predicts")
+    add("--guidance-scale", type=non_negative, help="of classifier-free guidance; 1 is none")
+    add("--euler-steps", type=positive_int, help="of the ODE solver")
+    add_training_flags(parser)
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("job", nargs="?", choices=("train", "trajectories"), default="train", help="what to do (default: train)")
-    add("--preset", choices=TEACHERS, default="shapes", help="sets everything; flags override it (default: shapes)")
-    add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
-    add("--data", help="shapes, points, or a folder of images ROOT/<class>/*.png")
-    add("--size", help="network, as SIZE/PATCH: N, T, S, B, L or XL, such as T/4")
-    add("--image-size", type=positive, help="pixels of an image's side")
-    add("--channels", type=int, choices=(1, 3), help="1 for grey images, 3 for colour")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
-    add("--path", choices=PATHS, help="noise path")
-    add("--predicts", choices=("v", "eps", "x0"), help="what the network predicts")
-    add("--guidance", type=strength, help="strength of classifier-free guidance in the ODE; 1 is none")
-    add("--guided-channels", type=positive, metavar="K", help="guide the first K channels only (default: all)")
-    add("--steps", type=positive, help="Euler steps of the ODE")
-    add("--marks", type=positive, nargs="+", help="trajectories: steps after which a state is kept (default: 8 times)")
-    add("--keep", choices=("both", "states", "clean"), help="trajectories: what to keep of them (default: both)")
-    add("--teacher", type=Path, help="trajectories: whose (default: the run's own teacher, or the shipped one)")
-    add("--count", type=positive, help="trajectories: how many")
-    part_flag(add)
-    training_flags(add)
-    args = parser.parse_args()
-    for flag in WRITING if args.job == "train" else TRAINING:
-        if getattr(args, flag) != parser.get_default(flag):
-            raise Fault(f"--{flag.replace('_', '-')} has no meaning for this job, which is `teacher.py {args.job}`")
-    device, run, preset = pick_device(args.device), args.out or Path("runs") / args.preset, choose(TEACHERS, args)
-    if args.job == "trajectories":
-        model, about = find_teacher(args.teacher, args.preset, run, device)
-        given = {key: getattr(args, key) for key in ("guidance", "guided_channels", "steps")}
-        about |= {key: value for key, value in given.items() if value is not None}
-        write_trajectories(model, about, run / "trajectories", preset["count"], device, preset["bf16"], args.seed,
-                           preset["marks"], preset["keep"], args.part)
-        return
-    out = writable(run / "teacher.pt")
-    model, about = train_teacher(preset, out, device, args.seed)
+    flags = parse_flags()
+    preset = override_parts(PRESETS[flags.preset], flags, "data", "ode", "teacher")
+    preset = replace(preset, size=flags.size or preset.size)
+    runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
+    folder = flags.out or Path("runs") / flags.preset
+    file = output_file(folder / "teacher.pt")
+    ema, record = train_teacher(preset, file, runtime)
     if rank() > 0:
         return
-    if args.export:
-        export(args.export, about, model.state_dict())
-    if model.channels in (1, 3):
-        y = torch.arange(80, device=device) % min(10, len(about["classes"]))
-        x_T, _ = data.noise_and_labels(about, args.seed, range(80))
-        _, states, _ = solve(model, about, x_T.to(device), y)
-        data.grid(states[:, -1], columns=10).save(writable(run / "teacher.png"))
-        print(f"wrote {run / 'teacher.png'}: its images of the first classes")
+    if flags.export:
+        export(flags.export, "teacher", asdict(record), ema.state_dict())
+    print(f"wrote {file}")
+    draw_samples(ema, record, file.with_suffix(".png"), runtime)
 
 
 if __name__ == "__main__":
-    command(main)
+    run_program(main)

@@ -1,5 +1,6 @@
-"""The modules lie at the top of the repository. Two threads at most: these networks are tiny, and on a busy machine
-threads that wait for one another cost more than they bring (OMP_NUM_THREADS=1 is respected)."""
+"""The modules lie at the top of the repository. Two threads at most: these networks are tiny, and
+on a busy machine threads that wait for one another cost more than they bring (OMP_NUM_THREADS=1 is
+respected)."""
 
 import sys
 from pathlib import Path
@@ -18,5 +19,13 @@ def few_shapes():
 
     draw = data.shapes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "shapes", lambda count, *words: draw(min(count, 300), *words))
+        patch.setattr(data, "shapes", lambda count, *more: draw(min(count, 300), *more))
         yield
+
+
+@pytest.fixture
+def float64():
+    """In double precision, a right answer agrees to 1e-10 and a nearly right one does not."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

@@ -1,144 +1,231 @@
-"""The ablation: every row has its control, nothing is trained twice, and the table says what the files say. With a
-teacher of random weights and trainings of four steps."""
+"""The ablation: every row has its control, nothing is trained twice, and the tables say what was
+found. The teacher has random weights, and trainings have four steps."""
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import CPU, random_weights
 
-import ablation
-import data
-from ablation import SECOND, Bench, factors, ratio, spread
-from model import DiT, size
-from presets import COMMON, REFINERS, STUDENTS, TEACHERS
-from training import Fault, export, fingerprint
+import config
+from config import GAN, ODE, PRESETS, DataConfig, ModelConfig, TeacherRecord, parse_size
+from experiments import ablation
+from experiments.ablation import (
+    Ablation,
+    change,
+    factors,
+    markdown,
+    name_of,
+    pair,
+    ratio,
+    spread,
+    table_lines,
+)
+from files import UserError, export
+from model import DiT
 
-CONFIG = dict(image_size=1, channels=2, classes=3, **size("N/1"))
+RESULTS = Path(ablation.__file__).parent / "results"
+FLOW_8 = ODE(noise_path="flow", predicts="v", euler_steps=8)
 
 
-def bench_of(preset, **moved):
-    settings = COMMON | STUDENTS[preset] | {key: TEACHERS[preset][key] for key in ("count", "guidance")}
-    return Bench(settings, settings | moved, DiT(**CONFIG), {}, Path("-"), Path("-"), "cpu", 300)
+def first_stage(name: str):
+    return replace(PRESETS[name], gan=None)
 
 
 def test_a_row_and_its_control():
-    bench = bench_of("shapes")
-    for change, names in ((dict(steps=8), ("steps=8,history_layers=0", "steps=8")),
-                          (dict(history="window"), ("history_layers=0", "history=window")),
-                          (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
-                          (dict(opens=0.5), ("history_layers=0", "opens=0.5")),  # without history nothing opens
-                          (dict(step_heads=False), ("history_layers=0", "preset")),  # the centre itself
-                          (dict(history="none"), ("history_layers=0",) * 2),
-                          (dict(steps=1), ("steps=1,history_layers=0",) * 2),  # one step has no history
-                          (dict(refine={}), ("refined,strength=0.0", "refined")),  # the second stage without a judge
-                          (dict(refine=dict(level=0.2)), ("refined,strength=0.0", "refined,level=0.2"))):
-        assert tuple(map(bench.name, bench.both(change))) == names
-    told = bench_of("shapes", told=[900, 700, 500, 300])
-    assert [told.both(dict(steps=S))[1]["told"] for S in (2, 4)] == [None, [900, 700, 500, 300]]
-    moved = bench_of("shapes", history="anchor", trajectory="clean")
-    assert tuple(map(moved.name, moved.both({}))) == ("history_layers=0,trajectory=clean",
-                                                      "history=anchor,trajectory=clean")
+    preset, baseline = PRESETS["shapes"], first_stage("shapes")
+    for changes, names in (
+        (dict(steps=8), ("steps=8,history_layers=0", "steps=8")),
+        (dict(history="window"), ("history_layers=0", "history=window")),
+        (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
+        (dict(noise_shortcut=True), ("history_layers=0", "noise_shortcut=True")),
+        (dict(output_layer_per_step=False), ("history_layers=0", "preset")),  # the baseline itself
+        (dict(history="none"), ("history_layers=0",) * 2),
+        (dict(steps=1), ("steps=1,history_layers=0",) * 2),  # one step has no history
+        (dict(gan=True), ("gan_weight=0", "gan_weight=1")),
+    ):
+        students = pair(preset, baseline, changes)
+        assert tuple(name_of(baseline, student) for student in students) == names
+    moved = change(baseline, dict(history="anchor", trajectory="x0"))
+    names = [name_of(baseline, student) for student in pair(preset, moved, {})]
+    assert names == ["trajectory=x0,history_layers=0", "trajectory=x0,history=anchor"]
 
 
-@pytest.mark.parametrize("preset", ["points", "shapes"])
-def test_every_factor_has_the_centre_in_it(preset):
-    bench = bench_of(preset)
-    rows = factors(bench.centre, depth=6)
-    second = [change["refine"] for factor in SECOND for change in rows.pop(factor)]
-    assert {key for change in second for key in change} < REFINERS["shapes"].keys()
-    for factor, changes in rows.items():
-        assert all(key in bench.centre for change in changes for key in change), factor
-        assert "preset" in [bench.name(bench.both(change)[1]) for change in changes], factor
+@pytest.mark.parametrize("name", ["points", "shapes", "textures"])
+def test_every_factor_has_the_baseline_in_it(name):
+    preset = PRESETS[name]
+    rows = factors(first_stage(name), depth=6)
+    del rows["gan"]
+    for factor, values in rows.items():
+        students = [pair(preset, first_stage(name), changes)[1] for changes in values]
+        assert "preset" in [name_of(first_stage(name), student) for student in students], factor
 
 
-def test_means():
-    assert spread([2.0], ".1f") == "2.0" and spread([1.0, 2.0, 4.0], ".2f") == "2.33 ± 1.50"
+def test_spread():
+    assert spread([2.0], ".1f") == "2.0"
+    assert spread([1.0, 2.0, 4.0], ".2f") == "2.33 ± 1.50"
 
 
 def test_ratio():
-    def of(without, with_history):
-        sides = [[dict(seed=seed, above=value) for seed, value in side.items()] for side in (without, with_history)]
+    def of(control, student):
+        sides = []
+        for values in (control, student):
+            sides.append([dict(seed=seed, above=value) for seed, value in values.items()])
         return ratio(*sides, "above")
 
     assert of({0: 6.0}, {0: 2.0}) == "3.00"
     assert of({0: 6.0, 1: 8.0}, {1: 3.0, 0: 2.0}) == "2.83 ± 0.17"  # seed by seed
     assert of({0: 6.0}, {0: 2.0, 1: 3.0}) == "3.00"
-    assert of({0: 6.0, 1: 8.0}, {0: 0.5, 1: 2.0}) == "> 3.0"  # 0.5 is no further from 0 than from 2: a bound
-    assert of({0: 6.0}, {0: -1.0}) == of({0: -6.0}, {0: 1.0}) == of({0: 6.0}, {1: 1.0}) == ""
+    # 0.5 is no further from 0 than from 2: a bound.
+    assert of({0: 6.0, 1: 8.0}, {0: 0.5, 1: 2.0}) == "> 3.0"
+    for control, student in (({0: 6.0}, {0: -1.0}), ({0: -6.0}, {0: 1.0}), ({0: 6.0}, {1: 1.0})):
+        assert of(control, student) == ""
+
+
+def test_the_committed_results_can_be_shown(tmp_path):
+    files = sorted(RESULTS.glob("ablation-*.json"))
+    assert len(files) >= 7
+    for file in files:
+        content = json.loads(file.read_text())
+        lines = table_lines(content)
+        assert "baseline" in lines
+        assert "baseline, N = 0" in lines
+        rendered = markdown(lines).splitlines()
+        assert len(rendered) == len(lines) + 2
+        assert len({len(line) for line in rendered}) == 1  # aligned
+    ablation.draw(content, tmp_path / "figure.png")
+    lines = table_lines(json.loads((RESULTS / "ablation-points.json").read_text()))
+    assert lines["baseline"]["error"] == "0.000192 ± 0.000005"
+    assert lines["baseline"]["above ratio"] == "> 8.1"
+
+
+def make_teacher(name: str, source: str, classes: tuple[str, ...]):
+    preset = PRESETS[name]
+    image = replace(preset.data, image_size=1 if source == "points" else 8)
+    model = ModelConfig(
+        image_size=image.image_size,
+        channels=image.channels,
+        classes=len(classes),
+        **parse_size("N/1" if source == "points" else "N/4"),
+    )
+    record = TeacherRecord(
+        model=model,
+        ode=FLOW_8,
+        data=DataConfig(source, image.image_size, image.channels),
+        classes=classes,
+        class_weights=(),
+        images=1,
+        training=replace(preset.teacher, iterations=1),
+    )
+    return random_weights(DiT(model)), record
+
+
+class NoEvaluator:
+    """In place of evaluate.Evaluator, which trains a classifier."""
+
+    def __init__(self, teacher, record, ode, *_, **__):
+        self.record, self.teacher_row = record, dict(error=0.0, above=0.0)
+
+    def noise(self, indices):
+        count, config = len(indices), self.record.model
+        x_T = torch.randn(count, config.channels, config.image_size, config.image_size)
+        return x_T, torch.arange(count) % config.classes
+
+    def __call__(self, run, title):
+        images = run(*self.noise(range(2)))
+        return dict(error=images.square().mean().item(), above=1.0)
 
 
 def test_the_second_stage_starts_from_the_first(tmp_path, monkeypatch, few_shapes):
-    """Both students of a row, from the same one of the first stage, which is trained once."""
-    class Indifferent:
-        def __init__(self, *_, **__):
-            pass
+    """Both students of a row start from the same one of the first stage, which is trained once."""
+    import data
 
-        def __call__(self, run, title):
-            return dict(error=0.0, above=0.0)
-
-    monkeypatch.setattr(ablation, "Judge", Indifferent)
+    monkeypatch.setattr(ablation, "Evaluator", NoEvaluator)
     monkeypatch.chdir(tmp_path)
-    config = dict(image_size=8, channels=3, classes=10, **size("N/4"))
-    about = dict(kind="teacher", model=config, path="flow", predicts="v", guidance=1.0, steps=8, data="shapes",
-                 classes=list(data.SHAPES), training=dict(iterations=1))
-    preset = COMMON | STUDENTS["shapes"] | dict(count=8, iterations=2, batch=4, bf16=False, guidance=1.0)
-    game = COMMON | REFINERS["shapes"] | dict(iterations=2, batch=8, alone=1, hidden=8, flip=False)
-    bench = Bench(preset, preset, DiT(**config), about, Path("t"), Path("out"), torch.device("cpu"), 300, game)
-    for row in bench.both(dict(refine={})):
-        bench.train(row, seed=0)
-    names = "refined,strength=0.0", "refined"
-    students = [torch.load(f"out/{name}/0.pt", weights_only=True) for name in names]
+    teacher, record = make_teacher("shapes", "shapes", tuple(data.SHAPES))
+    preset = PRESETS["shapes"]
+    short = dict(iterations=2, batch=8)
+    preset = replace(
+        preset,
+        trajectories=replace(preset.trajectories, count=8),
+        distillation=replace(preset.distillation, **short),
+        gan=GAN(discriminator_lr=1e-3, hidden=8, noise_level=0.02, weight=1.0, warmup=1),
+        gan_training=replace(preset.gan_training, **short),
+    )
+    bench = Ablation(preset, teacher.eval().requires_grad_(False), record, Path("out"), 4, CPU)
+    baseline = replace(bench.preset, gan=None)
+    for student in pair(bench.preset, baseline, dict(gan=True)):
+        bench.run(student, seed=0)
     first = torch.load("out/preset/0.pt", weights_only=True)
-    assert {one["about"]["refined"]["start"] for one in students} == {fingerprint(first["ema"])}
-    assert [one["about"]["refined"]["strength"] for one in students] == [0.0, 1.0]
-    assert len(list(Path("out").rglob("*.json"))) == 2  # the first stage's student is another row
+    assert first["record"]["gan"] is None
+    for name, weight in (("gan_weight=0", 0.0), ("gan_weight=1", 1.0)):
+        student = torch.load(f"out/{name}/0.pt", weights_only=True)
+        assert student["record"]["gan"]["weight"] == weight
+        assert student["record"]["training"] == first["record"]["training"]
+    assert len(list(Path("out").glob("*/0.json"))) == 2  # the first stage is another row
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def run(monkeypatch, capsys, *words):
+    usual = ["ablation.py", "--preset", "points", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*usual, *words])
+    ablation.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny_points(tmp_path, monkeypatch):
+    """The preset points, tiny, with a teacher in runs/points/teacher.pt."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(STUDENTS, "points", STUDENTS["points"] | dict(iterations=4, batch=8))
-    monkeypatch.setitem(TEACHERS, "points", TEACHERS["points"] | dict(count=256))
-    about = dict(kind="teacher", model=CONFIG, path="flow", predicts="v", guidance=1.0, steps=8, data="points",
-                 classes=["arm 0", "arm 1", "arm 2"], training=dict(iterations=1))
-    export(tmp_path / "runs/points/teacher.pt", about, DiT(**CONFIG).state_dict())
+    monkeypatch.setattr(ablation, "Evaluator", NoEvaluator)
+    preset = PRESETS["points"]
+    preset = replace(
+        preset,
+        trajectories=replace(preset.trajectories, count=64),
+        distillation=replace(preset.distillation, iterations=4, batch=8),
+    )
+    monkeypatch.setitem(config.PRESETS, "points", preset)
+    teacher, record = make_teacher("points", "points", ("arm 0", "arm 1", "arm 2"))
+    export(tmp_path / "runs/points/teacher.pt", "teacher", asdict(record), teacher.state_dict())
+    return tmp_path / "runs/ablation/points"
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["ablation.py", "--preset", "points", "--images", "300", *words,
-                                          "--device", "cpu"])
-        ablation.main()
-        return capsys.readouterr().out
 
-    run("--factors", "centre", "--part", "1/2")  # the control alone: no row is complete
-    run("--factors", "steps", "--part", "1/2")
-    out = run("--factors", "steps", "--seeds", "2")
-    folder = tmp_path / "runs/ablation/points"
-    students = {str(file.relative_to(folder)) for file in folder.glob("*/*.json")}
-    names = ("preset", "history_layers=0", "steps=1,history_layers=0", "steps=2", "steps=2,history_layers=0", "steps=8",
-             "steps=8,history_layers=0")
+def test_the_program(tiny_points, monkeypatch, capsys):
+    folder = tiny_points
+    printed = run(monkeypatch, capsys, "--factors", "baseline", "--worker", "1/2")
+    assert (folder / "history_layers=0/0.json").exists()  # the control
+    assert "| baseline" not in printed  # a row is shown when both of its students are there
+    run(monkeypatch, capsys, "--factors", "steps", "--worker", "1/2")
+    printed = run(monkeypatch, capsys, "--factors", "steps", "--seeds", "2")
+    students = {str(file.relative_to(folder)) for file in folder.glob("*/[01].json")}
+    controls = [f"steps={S},history_layers=0" for S in (1, 2, 8)]
+    names = ["preset", "history_layers=0", "steps=2", "steps=8", *controls]
     assert students == {f"{name}/{seed}.json" for name in names for seed in (0, 1)}
-    one = json.loads((folder / "steps=2/1.json").read_text())
-    assert one["name"] == "steps=2" and one["seed"] == 1 and len(one["exposure"]["own"]) == 2
-    other = json.loads((folder / "steps=2/0.json").read_text())
-    assert f"{(one['error'] + other['error']) / 2:.6f} ±" in next(
-        line for line in out.splitlines() if line.startswith("steps 2 "))
-    assert json.loads((folder / "ablation.json").read_text())["lines"]["steps 2"]["seeds"] == 2
+    content = json.loads((folder / "ablation.json").read_text())
+    assert markdown(table_lines(content)) in printed
+    assert table_lines(content)["steps = 2"]["seeds"] == "2"
+    assert "| steps = 1, N = 0 " in printed
     assert (folder / "ablation.png").stat().st_size > 10_000
 
     files = {file: file.stat().st_mtime_ns for file in folder.glob("*/*.*")}
-    again = run("--factors", "steps", "--seeds", "2")
+    again = run(monkeypatch, capsys, "--factors", "steps", "--seeds", "2")
     assert {file: file.stat().st_mtime_ns for file in folder.glob("*/*.*")} == files
-    assert "distilling" not in again and again.splitlines()[-4:] == out.splitlines()[-4:]
-    whole = (folder / "steps=2/1.json").read_bytes()
-    (folder / "steps=2/1.json").write_bytes(whole[:100])
-    with pytest.raises(Fault, match="steps=2/1.json is damaged: remove it"):
-        run("--factors", "steps")
-    (folder / "steps=2/1.json").write_text("{}")
-    with pytest.raises(Fault, match="another basis: teacher is nothing there"):
-        run("--factors", "steps")
-    (folder / "steps=2/1.json").write_bytes(whole)
-    with pytest.raises(Fault, match="no factor 'width'"):
-        run("--factors", "width")
-    with pytest.raises(Fault, match="another basis: images is 300 there, not 250"):
-        run("--factors", "steps", "--images", "250")
+    assert "distilling" not in again
+    run(monkeypatch, capsys, "--factors", "baseline", "--on-policy", "0.5")
+    assert (folder / "ablation,on_policy=0.5.json").exists()
+
+
+def test_what_the_user_can_put_right(tiny_points, monkeypatch, capsys):
+    run(monkeypatch, capsys, "--factors", "baseline")
+    file = tiny_points / "preset/0.json"
+    whole = file.read_text()
+    file.write_text(whole[:100])
+    with pytest.raises(UserError, match="preset/0.json is damaged: remove it"):
+        run(monkeypatch, capsys, "--factors", "baseline")
+    file.write_text(whole)
+    with pytest.raises(UserError, match="no factor 'width': choose from baseline, kind"):
+        run(monkeypatch, capsys, "--factors", "width")
+    with pytest.raises(UserError, match="another ablation: images is 5000 there and 250 here"):
+        run(monkeypatch, capsys, "--factors", "baseline", "--images", "250")

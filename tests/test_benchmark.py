@@ -1,104 +1,127 @@
-"""The benchmark's dense reference computes what our network computes, or its ratios would mean nothing."""
+"""The dense reference computes what our network computes, or the benchmark's ratios would mean
+nothing; and the rows of a GPU run on a CPU, too, at a tiny size."""
 
 import json
 import sys
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from tiny import random_weights
 from torch.utils.flop_counter import FlopCounterMode
 
-import benchmark
-from benchmark import LATENT, RECIPE, bill, dense_forward, dense_macs, dense_sample, game_macs, head_macs
-from discriminator import Discriminator
-from model import DiT, size
-from refine import players
+from config import AUTHORS_TIMESTEPS
+from experiments import benchmark
+from experiments.benchmark import STUDENT, Bench, DenseReference, latent_config
+from files import UserError
+from model import DiT
 from sample import few_step
-from training import Fault
+
+CPU = torch.device("cpu")
 
 
-def small(history_layers):
-    torch.manual_seed(0)
-    model = DiT(image_size=8, channels=4, classes=3, patch=2, width=48, depth=3, heads=3, learn_sigma=True,
-                history_layers=history_layers)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    return model
+def network(history_layers: int) -> DiT:
+    return random_weights(DiT(latent_config("N/8", history_layers)), std=0.2)
 
 
-def test_dense_outputs_and_gradients_are_ours():
-    x, t, y = torch.randn(2, 4, 4, 8, 8), torch.tensor([999.0, 749.25, 499.5, 249.75]), torch.tensor([0, 3])
-    for layers in (0, 2, 3):
-        results = []
-        for forward in (lambda m: m(x, t, y), lambda m: dense_forward(m, x, t, y)):
-            model = small(layers)
-            output = forward(model)
-            output.square().mean().backward()
-            results.append((output, torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])))
-        for ours, dense in zip(*results, strict=True):
-            assert ours.norm() > 1 and (ours - dense).norm() < 1e-4 * ours.norm()
+@pytest.mark.parametrize("history_layers", [0, 2, 6])
+def test_dense_outputs_and_gradients_are_ours(history_layers):
+    model = network(history_layers)
+    x, y = torch.randn(2, 4, 4, 32, 32), torch.tensor([0, 3])
+    results = []
+    for forward in (model, DenseReference(model)):
+        model.zero_grad()
+        output = forward(x, torch.tensor(AUTHORS_TIMESTEPS), y)
+        output.square().mean().backward()
+        gradients = [w.grad.flatten() for w in model.parameters() if w.grad is not None]
+        results.append((output, torch.cat(gradients)))
+    for ours, dense in zip(*results, strict=True):
+        assert ours.norm() > 1
+        assert (ours - dense).norm() < 1e-4 * ours.norm()
 
 
-def test_dense_sampling_without_a_cache_is_ours():
-    about = dict(S=4, output="state", times=[999.0, 583.0, 375.0, 166.0, -1.0], told=[999.0, 749.25, 499.5, 249.75])
-    model, x, y = small(2), torch.randn(2, 4, 8, 8), torch.tensor([1, 2])
-    ours = few_step(model, about, x, y)
-    with torch.no_grad():
-        dense = dense_sample(model, about, x, y)
-    assert ours[:, 1:].norm() > 1 and (ours - dense).norm() < 1e-4 * ours.norm()
+def test_dense_sampling_is_ours():
+    model = network(2)
+    x_T, y = torch.randn(2, 4, 32, 32), torch.tensor([1, 2])
+    ours = few_step(model, STUDENT, x_T, y)
+    dense = few_step(DenseReference(model), STUDENT, x_T, y)
+    assert ours[:, 1:].norm() > 1
+    assert (ours - dense).norm() < 1e-4 * ours.norm()
 
 
-def test_dense_arithmetic_is_what_a_counter_sees():
-    """PyTorch counts the FLOPs of the products that run (of attention only where it is made of plain products)."""
-    model = small(2)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        dense_forward(model, torch.randn(1, 4, 4, 8, 8), torch.tensor([4.0, 3, 2, 1]), torch.tensor([0]))
-    assert abs(counter.get_total_flops() / 2 / dense_macs(model, 4) - 1) < 0.02
+def test_the_reference_modulates_each_token():
+    """Otherwise it would be no reference: a counter of products sees the difference."""
+    model = network(2)
+    x, y = torch.randn(1, 4, 4, 32, 32), torch.tensor([0])
+    timesteps = torch.tensor(AUTHORS_TIMESTEPS)
+    counts = []
+    for forward in (model, DenseReference(model)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            forward(x, timesteps, y)
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.aten.addmm])
+    config = model.config
+    states, tokens = 4, 4 * config.tokens
+    each = 2 * (6 * config.depth + 2) * config.width**2
+    assert counts[1] - counts[0] == (tokens - states) * each
 
 
-@pytest.mark.parametrize("judged", ["own", "forced"])
-def test_the_second_stages_arithmetic_is_what_a_counter_sees(judged):
-    """Of a step of both players, gradients included."""
-    student, teacher = small(2), small(0)
-    discriminator = Discriminator(teacher, hidden=16)
-    about = dict(S=4, output="state", times=[999.0, 583.0, 375.0, 166.0, -1.0], told=[999.0, 749.25, 499.5, 249.75],
-                 path="ddpm")
-    losses = players(student, about, discriminator, dict(judged=judged, level=0.02, strength=1.0))
-    images, y = torch.randn(8, 4, 8, 8), torch.zeros(8, dtype=torch.long)
-    batch = torch.randn(8, 5, 4, 8, 8), y, images, y, images, images, torch.ones_like(y)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        for model, loss_of in zip((student, discriminator), losses, strict=True):
-            loss_of(model, *batch)[0].backward()
-    macs = game_macs(student, head_macs(discriminator.heads[0], student), judged)
-    assert abs(counter.get_total_flops() / 2 / 8 / macs - 1) < 0.05
+def run(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])
+    benchmark.main()
+    return capsys.readouterr().out
 
 
 def test_the_program_measures_once_and_then_remembers(tmp_path, monkeypatch, capsys):
-    words = f"benchmark.py --size N/8 --batch 1 --sample-batch 1 --repeats 1 --device cpu --out {tmp_path}"
-    monkeypatch.setattr(sys, "argv", words.split())
-    benchmark.main()
-    first, said = (tmp_path / "benchmark.json").read_bytes(), capsys.readouterr().out
+    sizes = "--size N/8 --batch 1 --sample-batch 1 --repeats 1 --device cpu"
+    words = [*sizes.split(), "--out", str(tmp_path)]
+    nothing = run(monkeypatch, capsys, *words, "--seconds", "0")
+    assert "not measured: matrix rate, training, sampling, second stage." in nothing
+    assert nothing.count("not measured   goal") == 5
+
+    printed = run(monkeypatch, capsys, *words)
+    first = (tmp_path / "benchmark.json").read_bytes()
     results = json.loads(first)["results"]
-    assert set(results["training, N/8"]) == {"ours", "ours, N = 0", "ours, recomputing", "dense reference"}
-    assert set(results["second stage, N/8"]) == {"R + G, own", "R + G, forced"}
-    assert set(results["sampling, N/8"]) == {"ours", "ours, N = 0", "dense reference", "teacher, 25 steps"}
-    for rows in results.values():
-        assert benchmark.table(rows, benchmark.COLUMNS) in said
-        assert all(row["tflops"] > 0 for row in rows.values())
-    benchmark.main()
+    rows = {"ours", "ours, N = 0", "dense reference"}
+    assert set(results["training"]) == rows | {"ours, recomputing"}
+    assert set(results["sampling"]) == rows | {"teacher"}
+    assert set(results["second stage"]) == {"ours", "ours, recomputing"}
+    for title, found in results.items():
+        assert benchmark.table(found, benchmark.COLUMNS) in printed, title
+        assert all(row["images"] > 0 for row in found.values() if "images" in row)
+    assert "aten::addmm" in (tmp_path / "profile.txt").read_text()
+
+    run(monkeypatch, capsys, *words)
     assert (tmp_path / "benchmark.json").read_bytes() == first
-    for other, says in (("--batch 2", "batch is 1 there, not 2"), ("--size Q/8", "no model size"),
-                        ("--history-layers 7", "the model has 6 layers")):
-        monkeypatch.setattr(sys, "argv", [*words.split(), *other.split()])
-        with pytest.raises(Fault, match=says):
-            benchmark.main()
+    for other, message in (
+        ("--batch 2", "batch is 1 there and 2 here"),
+        ("--size Q/8", "no model size"),
+        ("--history-layers 7", "the network has 6 layers"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, capsys, *words, *other.split())
 
 
-def test_the_bill_at_the_papers_setting():
-    rows = bill({"XL/2": dict(training=400.0, refining=400.0, sampling=400.0)}, **RECIPE)
-    row = rows["DiT-XL/2 at 256"]
-    assert abs(row["disk GB"] - 52.4) < 0.1  # 1.28 million of five 4×32×32 arrays in float16
-    assert abs(row["distill h"] - 300_000 * 184.3 / 400 / 3600) < 0.5  # 184.3 TFLOP a step of 64
-    shares = [rows[f"DiT-XL/2 at {pixels}"]["history %"] for pixels in (256, 512, 1024)]
-    assert all(abs(a - b) < 0.5 for a, b in zip(shares, (1.1, 4, 12), strict=True))
-    assert LATENT["image_size"] == 32 and size("XL/2")["depth"] == 28
+def test_the_rows_of_a_gpu(monkeypatch):
+    """All but the compiler, which takes long on a CPU."""
+    monkeypatch.setattr(benchmark, "LARGE_BATCH", 4)
+    monkeypatch.setattr(DiT, "compile_layers", lambda model: None)
+    bench = Bench(CPU, "N/8", batch=2, sample_batch=2, history_layers=2, repeats=1, on_gpu=True)
+    results = {"matrix rate": {"bfloat16": dict(tflops=1.0)}}
+    for title in ("training", "sampling", "training, large batch"):
+        rows = benchmark.measurements(bench)[title](bench)
+        benchmark.add_shares(rows, results, "bfloat16")
+        results[title] = rows
+    assert results["training"]["ours, accumulating"]["batch"] == 4
+    assert {"dense reference, bf16", "ours, not compiled"} <= results["training"].keys()
+    goals = benchmark.goals(results)
+    measured = {name: value for name, (value, _) in goals.items() if value is not None}
+    assert set(goals) - set(measured) == {"training, recomputing: peak GiB"}
+    assert all(value > 0 for value in measured.values())
+
+
+def test_what_does_not_fit_is_left_out(capsys):
+    def fail():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    jobs = {"large": benchmark.Job(fail, 1), "small": benchmark.Job(lambda: None, 1)}
+    assert list(benchmark.measure(jobs, CPU, repeats=1)) == ["small"]
+    assert "large cannot be measured here: CUDA out of memory" in capsys.readouterr().out

@@ -1,22 +1,24 @@
-"""The data sets, against facts that hold for pictures and not against the code that makes them: files are written with
-Pillow and read back, the expected pixels come from the test's own arrays or from Pillow's decoder, and the properties
-of the procedural sets (which picture a label shows, arms that do not touch) are measured on what they produce.
-"""
+"""Data sets. Where pixels are expected, they come from the test's own arrays or from Pillow's
+decoder. What the procedural sets promise (the direction of a grain, which shape a label names, arms
+that do not touch) is measured on their pictures."""
 
 import re
 import struct
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import TEACHER
 
 import data
-from training import Fault
+from config import DataConfig
+from files import UserError
 
-CIFAR10 = Path(data.__file__).resolve().parent.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
+CIFAR10 = Path(data.__file__).resolve().parents[1] / "shared" / "data" / "cifar10-jpeg.tar.gz"
 
 
 def everything(dataset):
@@ -28,42 +30,77 @@ def contents(dataset) -> set[bytes]:
     return {image.numpy().tobytes() for image in everything(dataset)[0]}
 
 
-def save(path: Path, pixels: np.ndarray):
+def save(path: Path, pixels):
+    """pixels: (h, w, 3), or a colour for an image of 8×8."""
+    if np.ndim(pixels) == 1:
+        pixels = np.broadcast_to(pixels, (8, 8, 3))
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.astype(np.uint8)).save(path)
+    Image.fromarray(np.array(pixels, np.uint8)).save(path)
 
 
-def plain(height: int, width: int, colour) -> np.ndarray:
-    return np.broadcast_to(np.array(colour, np.uint8), (height, width, 3)).copy()
+def read(folder: Path, size=8, channels=3, split="all", **more):
+    return data.load(DataConfig(str(folder), size, channels, **more), split)
 
 
-# ---- shapes ---------------------------------------------------------------------------------------------------------
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+# ---- Textures ------------------------------------------------------------------------------------
+
+
+def test_a_texture_has_the_grain_that_its_label_names():
+    """The grain is perpendicular to the gradients: their mean orientation, from the structure
+    tensor."""
+    dataset = data.textures(600)
+    images, labels = everything(dataset)
+    assert dataset.shape == (3, 16, 16) and images.dtype == torch.float32
+    assert labels.bincount().min() > 150 and dataset.class_weights == ()
+    brightness = images.mean(dim=1)
+    right = brightness[:, 1:-1, 2:] - brightness[:, 1:-1, :-2]
+    up = brightness[:, :-2, 1:-1] - brightness[:, 2:, 1:-1]
+    for label, name in enumerate(dataset.classes):
+        x, y = right[labels == label], up[labels == label]
+        gradient = 0.5 * torch.atan2((2 * x * y).sum(), (x**2 - y**2).sum()).rad2deg()
+        grain = (gradient + 90) % 180
+        expected = int(name.removesuffix(" degrees"))
+        assert abs((grain - expected + 90) % 180 - 90) < 4
+
+
+def test_a_texture_is_smooth_and_has_two_tones():
+    images, _ = everything(data.textures(200))
+    assert 0.4 < (images[:, :, 1:] - images[:, :, :-1]).abs().amax((1, 2, 3)).median() < 1.2
+    pixels = images.flatten(2)                                              # (b, 3, 256)
+    pixels = pixels - pixels.mean(dim=2, keepdim=True)
+    spread = torch.linalg.svdvals(pixels)                                   # (b, 3)
+    assert (spread[:, 0] > 0.5).all()
+    assert (spread[:, 1] < 0.3).all()  # the colours lie on a line, but for rounding
+
+
+# ---- Shapes --------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("size", [16, 40])
-def test_shapes_are_float_images_with_integer_labels(size):
+def test_shapes_are_images_with_labels(size):
     dataset = data.shapes(200, size)
     images, labels = everything(dataset)
-    assert images.shape == (200, 3, size, size) and images.dtype == torch.float32 and dataset.shape == (3, size, size)
+    assert images.shape == (200, 3, size, size) and images.dtype == torch.float32
+    assert dataset.shape == (3, size, size) and dataset.class_weights == ()
     assert -1 <= images.min() < -0.5 and 0.5 < images.max() <= 1
-    assert labels.dtype == torch.int64 and set(labels.tolist()) == set(range(10)) and len(dataset.classes) == 10
-
-
-def test_a_shape_depends_on_seed_and_index_only():
-    few, many, other = (everything(data.shapes(count, 16, seed)) for count, seed in ((7, 3), (30, 3), (30, 4)))
-    assert torch.equal(few[0], many[0][:7]) and torch.equal(few[1], many[1][:7])
-    assert not any(torch.equal(a, b) for a, b in zip(many[0], other[0], strict=True))
+    assert labels.dtype == torch.int64
+    assert set(labels.tolist()) == set(range(10)) and len(dataset.classes) == 10
 
 
 def test_shapes_are_bright_on_a_darker_ground():
     images, _ = everything(data.shapes(100, 32))
-    brightness = (images.amax(dim=1) + 1) / 2  # HSV's value
-    corners = brightness[:, [0, 0, -1, -1], [0, -1, 0, -1]]
-    assert corners.max() < 0.36  # no shape reaches a corner: the ground
-    assert brightness.amax(dim=(1, 2)).min() > 0.74
+    value = (images.amax(dim=1) + 1) / 2  # of hue, saturation and value
+    corners = value[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert corners.max() < 0.36  # no shape reaches a corner
+    assert value.amax(dim=(1, 2)).min() > 0.74
 
 
-def test_discs_and_rings_have_the_area_of_discs_and_rings():
-    """So a label means what its name says. Areas are fractions of the bounding square: π/4, and less the hole."""
+def test_discs_and_rings_have_their_area():
+    """So a label means what it says. Areas are fractions of the bounding square."""
     dataset = data.shapes(120, 64)
     images, labels = everything(dataset)
     for name, area in {"disc": np.pi / 4, "ring": np.pi / 4 * (1 - 0.55**2)}.items():
@@ -75,7 +112,8 @@ def test_discs_and_rings_have_the_area_of_discs_and_rings():
             assert (inside.sum() / (height * width)).item() == pytest.approx(area, abs=0.03)
 
 
-# ---- points ---------------------------------------------------------------------------------------------------------
+# ---- Points, and all procedural sets -------------------------------------------------------------
+
 
 def test_points_lie_on_three_separate_arms():
     dataset = data.points(1500)
@@ -84,143 +122,138 @@ def test_points_lie_on_three_separate_arms():
     assert set(labels.tolist()) == {0, 1, 2} and len(dataset.classes) == 3
     xy = xy[:, :, 0, 0]
     distance = torch.cdist(xy, xy).fill_diagonal_(9.0)
-    assert (labels[distance.argmin(dim=1)] == labels).all()  # the nearest other point is on the same arm
+    assert (labels[distance.argmin(dim=1)] == labels).all()  # the nearest point is on the same arm
     third = torch.tensor(2 * np.pi / 3)
     turn = torch.tensor([[third.cos(), third.sin()], [-third.sin(), third.cos()]])
-    nearest = torch.cdist(xy[labels == 0] @ turn, xy[labels == 1]).amin(dim=1)
-    assert nearest.median() < 0.03 < 0.2 < torch.cdist(xy[labels == 0], xy[labels == 1]).amin(dim=1).median()
+    arm, next_arm = xy[labels == 0], xy[labels == 1]
+    nearest = torch.cdist(arm @ turn, next_arm).amin(dim=1)
+    assert nearest.median() < 0.03 < 0.2 < torch.cdist(arm, next_arm).amin(dim=1).median()
 
 
-@pytest.mark.parametrize("name", ["shapes", "points"])
-def test_train_and_test_splits_share_nothing(name):
-    train, test = (data.load(name, 16, split=split, count=200) for split in ("train", "test"))
+@pytest.mark.parametrize("draw", [data.textures, data.shapes])
+def test_a_picture_depends_on_seed_and_index_only(draw):
+    few, many, other = (everything(draw(n, 16, seed)) for n, seed in ((7, 3), (600, 3), (600, 4)))
+    assert torch.equal(few[0], many[0][:7]) and torch.equal(few[1], many[1][:7])
+    assert not any(torch.equal(a, b) for a, b in zip(many[0], other[0], strict=True))
+
+
+@pytest.mark.parametrize("source, size, channels", [
+    ("textures", 16, 3), ("shapes", 16, 3), ("points", 1, 2),
+])
+def test_train_and_test_splits_of_procedural_sets_share_nothing(source, size, channels):
+    config = DataConfig(source, size, channels)
+    train, test = (data.load(config, split, count=200) for split in ("train", "test"))
     assert len(train) == len(test) == 200 and train.classes == test.classes
     assert len(contents(train)) == len(contents(test)) == 200
     assert not contents(train) & contents(test)
 
 
-# ---- a folder of images ---------------------------------------------------------------------------------------------
+# ---- A folder: pixels ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("height, width", [(10, 30), (30, 10), (10, 13)])
 def test_images_are_cropped_to_their_centre(tmp_path, height, width):
-    pixels = plain(height, width, (0, 255, 0))
+    pixels = np.zeros((height, width, 3))
     top, left = (height - 10) // 2, (width - 10) // 2
-    centre = np.random.default_rng(0).integers(256, size=(10, 10, 3), dtype=np.uint8)
-    pixels[top : top + 10, left : left + 10] = centre
+    pixels[top : top + 10, left : left + 10] = noise(10, 10, 3)
     save(tmp_path / "a" / "0.png", pixels)
-    images, _ = everything(data.folder(tmp_path, 10))
-    assert np.array_equal(data.to_uint8(images)[0], centre)
+    images, _ = everything(read(tmp_path, 10))
+    assert np.array_equal(data.to_uint8(images)[0], noise(10, 10, 3))
 
 
-@pytest.mark.parametrize("wide", [True, False])
-def test_images_are_cropped_and_then_resized(tmp_path, wide):
-    """A ramp of 4 a pixel along the long side: of 60 pixels the middle 20 are kept, and every four become one."""
+@pytest.mark.parametrize("is_wide", [True, False])
+def test_images_are_cropped_and_then_reduced(tmp_path, is_wide):
+    """A ramp of 4 a pixel along the long side. Of 60 pixels the middle 20 are kept, and four of
+    them become one."""
     ramp = np.broadcast_to(4 * np.arange(60)[None, :, None], (20, 60, 3))
-    save(tmp_path / "a" / "0.png", ramp if wide else ramp.transpose(1, 0, 2))
-    images, _ = everything(data.folder(tmp_path, 5))
+    save(tmp_path / "a" / "0.png", ramp if is_wide else ramp.transpose(1, 0, 2))
+    images, _ = everything(read(tmp_path, 5))
+    pixels = data.to_uint8(images)[0].astype(int)
     expected = np.broadcast_to(4 * (20 + np.arange(5) * 4 + 1.5), (5, 5))
-    got = data.to_uint8(images)[0].astype(int)
-    assert got.shape == (5, 5, 3)
-    assert np.abs(got - (expected if wide else expected.T)[:, :, None]).max() <= 1
+    expected = expected if is_wide else expected.T
+    assert pixels.shape == (5, 5, 3) and np.abs(pixels - expected[:, :, None]).max() <= 1
 
 
 def test_grey_images_have_one_channel_of_luma(tmp_path):
-    pixels = np.random.default_rng(0).integers(256, size=(8, 8, 3), dtype=np.uint8)
+    pixels = noise(8, 8, 3)
     save(tmp_path / "a" / "0.png", pixels)
-    images, _ = everything(data.folder(tmp_path, 8, channels=1))
+    images, _ = everything(read(tmp_path, channels=1))
     assert images.shape == (1, 1, 8, 8)
     luma = pixels @ np.array([0.299, 0.587, 0.114])  # ITU-R 601
     assert np.abs(data.to_uint8(images)[0, :, :, 0] - luma).max() <= 1
 
 
-def test_a_photograph_is_turned_as_its_camera_was(tmp_path):
-    upright = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+def test_a_photograph_is_turned_upright(tmp_path):
+    upright = noise(8, 8, 3)
     exif = Image.Exif()
     exif[0x0112] = 6  # "Orientation": to be turned clockwise by a quarter
     Image.fromarray(np.rot90(upright)).save(tmp_path / "a.png", exif=exif)
     assert (data.read_image(tmp_path / "a.png", 8, 3) == upright.transpose(2, 0, 1)).all()
 
 
-def test_a_photograph_with_an_odd_tag_loads(tmp_path):
-    """A unit of resolution that is text, beside the orientation: with that Pillow cannot turn a picture."""
+def test_a_photograph_with_an_odd_tag_can_be_read(tmp_path):
+    """A unit of resolution that is text, beside the orientation: Pillow cannot turn such an
+    image."""
     tags = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x0128, 2, 2, b"2")
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
-    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=exif)
+    Image.new("RGB", (16, 8), "red").save(tmp_path / "a.jpg", exif=exif)
     assert data.read_image(tmp_path / "a.jpg", 8, 3)[0].min() > 250
 
 
-def test_palette_and_transparent_images_load_in_their_colours(tmp_path):
-    (tmp_path / "a").mkdir()
-    colours = np.repeat(np.array([[[250, 10, 20]], [[30, 40, 200]]], np.uint8), 2, axis=1)  # (2, 2, 3): red over blue
+def transparent(mode: str) -> Image.Image:
+    """An image of 2×2 that is black, and in its lower row transparent."""
+    if mode in ("RGBA", "LA"):
+        image = Image.new(mode, (2, 2), "black")
+        image.putalpha(Image.fromarray(np.array([[255, 255], [0, 0]], np.uint8)))
+        return image
+    colours = np.array([[[0] * 3] * 2, [[9] * 3] * 2], np.uint8)
     image = Image.fromarray(colours)
-    image.quantize(4).save(tmp_path / "a" / "palette.png")
-    image.convert("RGBA").save(tmp_path / "a" / "transparent.png")
-    assert Image.open(tmp_path / "a" / "palette.png").mode == "P"
-    images, _ = everything(data.folder(tmp_path, 2))
-    assert np.array_equal(data.to_uint8(images), np.stack([colours, colours]))
+    return image.quantize(4) if mode == "P" else image.convert(mode)
 
 
-def test_labels_follow_sorted_names_and_every_tenth_image_is_held_out(tmp_path):
-    counts = {"moth": 3, "zebra": 12, "ant": 25}  # made in an order that is not sorted, nor is its reverse
-    for name, count in counts.items():
-        for i in range(count):
-            colour = (len(name), 10 * i, 7)  # tells class and number
-            save(tmp_path / name / f"{i:02d}.{('png', 'PNG')[i % 2]}", plain(4, 4, colour))
-    (tmp_path / "ant" / "notes.txt").write_text("not an image")
-    (tmp_path / "no images here").mkdir()
-    (tmp_path / "readme.txt").write_text("not a class")
-
-    seen = {}
-    for split in ("train", "test"):
-        dataset = data.load(str(tmp_path), 4, flip=True, split=split)
-        images, labels = everything(dataset)
-        assert dataset.classes == ["ant", "moth", "zebra"] and dataset.flip == (split == "train")
-        letters, tens, _ = data.to_uint8(images)[:, 0, 0].T.tolist()
-        assert [len(dataset.classes[label]) for label in labels] == letters
-        seen[split] = [(label, ten // 10) for label, ten in zip(labels.tolist(), tens, strict=True)]
-    assert seen["test"] == [(0, 9), (0, 19), (2, 9)]
-    whole = [(label, i) for label, name in enumerate(sorted(counts)) for i in range(counts[name])]
-    assert sorted(seen["train"] + seen["test"]) == whole  # all of them, none twice
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_what_is_transparent_becomes_white(tmp_path, mode, channels):
+    image, options = transparent(mode), {}
+    if mode not in ("RGBA", "LA"):  # one of the colours is declared transparent
+        options = dict(transparency=image.getpixel((0, 1)))
+    image.save(tmp_path / "a.png", **options)
+    assert Image.open(tmp_path / "a.png").mode == mode
+    pixels = data.read_image(tmp_path / "a.png", 2, channels)
+    assert pixels.tolist() == [[[0, 0], [255, 255]]] * channels
 
 
-def test_flip_mirrors_half_of_the_images_left_to_right_and_only_when_on():
-    image = np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4)
-    original = torch.from_numpy(image[0]).float() / 127.5 - 1
-    mirrored = torch.from_numpy(image[0, :, :, ::-1].copy()).float() / 127.5 - 1
-    for flip, few, most in ((True, 160, 240), (False, 0, 0)):
-        images, _ = data.Dataset(image, np.zeros(1, np.int64), ["a"], flip=flip).draw(400, data.stream(0, 0))
-        turned = sum(torch.equal(x, mirrored) for x in images)
-        assert turned + sum(torch.equal(x, original) for x in images) == 400
-        assert few <= turned <= most
+def test_what_is_half_transparent_is_mixed_with_white(tmp_path):
+    Image.new("RGBA", (2, 2), (200, 0, 100, 51)).save(tmp_path / "a.png")  # 51 is a fifth of 255
+    pixels = data.read_image(tmp_path / "a.png", 2, 3)
+    assert pixels[:, 0, 0].tolist() == [244, 204, 224]  # 255 − (255 − colour) / 5
 
 
-@pytest.mark.parametrize("trouble, named, says", [
-    ("missing", "", "no such folder"),
-    ("empty", "", "no images"),
-    ("no images", "", "no images"),
-    ("text", "a/1.png", "cannot read"),
-    ("cut short", "a/1.jpg", "cannot read"),
-    ("too few to hold out", "", "too small"),
-    ("not latents", "", "is no folder of latents"),
-])
-def test_a_folder_that_cannot_be_used_is_a_fault_that_names_the_path(tmp_path, trouble, named, says):
-    root = tmp_path / "images"
-    if trouble not in ("missing", "empty", "no images"):
-        save(root / "a" / "0.png", plain(16, 16, (1, 2, 3)))  # a good one beside it
-    if trouble == "empty":
-        root.mkdir()
-    if trouble == "no images":
-        (root / "a").mkdir(parents=True)
-        (root / "a" / "notes.txt").write_text("hello")
-    if trouble == "text":
-        (root / named).write_text("hello")
-    if trouble == "cut short":
-        save(root / named, np.random.default_rng(0).integers(256, size=(16, 16, 3)))
-        (root / named).write_bytes((root / named).read_bytes()[:-200])
-    with pytest.raises(Fault, match=says) as fault:
-        data.folder(root, 8, channels=4 if trouble == "not latents" else 3,
-                    split="test" if trouble == "too few to hold out" else "train")
-    assert str(root / named) in str(fault.value) and "\n" not in str(fault.value)
+def test_palettes_keep_their_colours(tmp_path):
+    colours = np.array([[[250, 10, 20]] * 2, [[30, 40, 200]] * 2], np.uint8)
+    Image.fromarray(colours).quantize(4).save(tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    assert np.array_equal(data.read_image(tmp_path / "a.png", 2, 3), colours.transpose(2, 0, 1))
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    grey = np.array([[0, 65535], [257, 25700 + 129]], np.uint16)  # 129 is more than half of 257
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert data.read_image(tmp_path / "a.png", 2, 3).tolist() == [[[0, 255], [1, 101]]] * 3
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_unknown_range_are_refused(tmp_path, kind):
+    Image.fromarray(np.ones((2, 2), kind)).save(tmp_path / "a.png", format="TIFF")
+    with pytest.raises(UserError, match="a.png .its pixels are 32-bit numbers, whose range is not"):
+        data.read_image(tmp_path / "a.png", 2, 3)
+
+
+def test_images_are_never_enlarged(tmp_path):
+    save(tmp_path / "a" / "0.png", noise(8, 12, 3))
+    assert len(read(tmp_path, 8)) == 1
+    with pytest.raises(UserError, match="a/0.png is smaller than 9×9 .* choose --image-size 8 "):
+        read(tmp_path, 9)
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason="CIFAR-10 is not beside the checkout")
@@ -230,26 +263,185 @@ def test_cifar10_jpegs_are_read_as_pillow_decodes_them(tmp_path):
         members = (member for member in archive if wanted.fullmatch(member.name))
         for _ in range(30):
             archive.extract(next(members), tmp_path, filter="data")
-    for split in ("train", "test"):
-        images, labels = everything(data.folder(tmp_path / "test", 32, split=split))
-        ours = [9] if split == "test" else [*range(9), *range(10, 15)]
-        files = [tmp_path / "test" / name / f"{i:04d}.jpg" for name in ("airplane", "automobile") for i in ours]
-        assert len(files) == len(images) == (28 if split == "train" else 2)
-        for file, image, label in zip(files, images, labels, strict=True):
-            pixels = np.asarray(Image.open(file).convert("RGB"))
-            assert pixels.shape == (32, 32, 3) and label == ("automobile" in str(file))
-            assert np.allclose(image, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
+    images, labels = everything(read(tmp_path / "test", 32))
+    names = ("airplane", "automobile")
+    files = [tmp_path / "test" / name / f"{i:04d}.jpg" for name in names for i in range(15)]
+    assert len(images) == 30
+    for file, image, label in zip(files, images, labels, strict=True):
+        pixels = np.asarray(Image.open(file).convert("RGB"))
+        assert pixels.shape == (32, 32, 3) and label == ("automobile" in str(file))
+        assert np.allclose(image, pixels.transpose(2, 0, 1) / 127.5 - 1, atol=1e-6)
 
 
-# ---- randomness and pictures ----------------------------------------------------------------------------------------
+# ---- A folder: classes and splits ----------------------------------------------------------------
 
-def test_a_stream_depends_on_seed_and_index_only():
-    first = data.stream(3, 5).standard_normal(8)
-    np.random.seed(1)
-    data.stream(3, 4).standard_normal(100)
-    assert np.array_equal(data.stream(3, 5).standard_normal(8), first)
-    others = [data.stream(*key).standard_normal(8) for key in ((3, 6), (4, 5), (5, 3))]
-    assert all(np.abs(other - first).min() > 1e-6 for other in others)
+# The split is a promise to every network that was ever trained: of 000.png … 049.png, these are for
+# testing.
+TEST_NUMBERS = (19, 20, 26)
+
+
+def write_numbered(root: Path, counts: dict[str, int], first=0):
+    """Images whose colour tells their class, by the length of its name, and their number."""
+    for name, count in counts.items():
+        for i in range(first, count):
+            save(root / name / f"{i:03d}.png", (len(name), i, 7))
+
+
+def numbers(dataset) -> list[tuple[int, int]]:
+    """(length of the class's name, number) of each image."""
+    images, labels = everything(dataset)
+    lengths, found, _ = data.to_uint8(images)[:, 0, 0].T.tolist()
+    assert [len(dataset.classes[label]) for label in labels] == lengths
+    return list(zip(lengths, found, strict=True))
+
+
+def test_classes_are_sorted_and_an_image_s_name_decides_its_split(tmp_path):
+    counts = {"moth": 13, "zebra": 50, "ant": 25}  # not in sorted order
+    write_numbered(tmp_path, counts)
+    (tmp_path / "ant" / "notes.txt").write_text("not an image")
+    (tmp_path / "readme.txt").write_text("not a class")
+    train, test, both = (read(tmp_path, split=split) for split in ("train", "test", "all"))
+    assert train.classes == test.classes == ("ant", "moth", "zebra")
+    expected = {(len(name), i) for name, count in counts.items() for i in range(count)}
+    held_out = {(length, i) for length, i in expected if i in TEST_NUMBERS}
+    assert set(numbers(test)) == held_out and len(test) == len(held_out)
+    assert set(numbers(train)) == expected - held_out and len(train) == 88 - len(held_out)
+    assert sorted(numbers(both)) == sorted(expected)
+
+
+def test_images_that_are_added_move_no_others(tmp_path):
+    write_numbered(tmp_path, {"ant": 30})
+    before = set(numbers(read(tmp_path, split="test")))
+    write_numbered(tmp_path, {"ant": 60, "zebra": 20}, first=10)
+    assert before == {(n, i) for n, i in numbers(read(tmp_path, split="test")) if n == 3 and i < 30}
+
+
+def test_about_one_image_in_ten_is_for_testing():
+    tested = [data.is_test(f"n01440764/n01440764_{i}.JPEG") for i in range(5000)]
+    assert 410 < sum(tested) < 590  # four standard deviations
+    assert data.is_test("a/x.png") == data.is_test("b/x.png") == data.is_test("x.png")
+
+
+def test_unequal_classes_have_weights(tmp_path):
+    write_numbered(tmp_path, {"ant": 3, "zebra": 1})
+    assert read(tmp_path).class_weights == (0.75, 0.25)
+    write_numbered(tmp_path, {"zebra": 3}, first=1)
+    assert read(tmp_path).class_weights == ()
+
+
+def test_images_without_classes_are_one_class(tmp_path):
+    for i in range(3):
+        save(tmp_path / "cats" / f"{i}.JPG", (1, i, 0))
+    dataset = read(tmp_path / "cats")
+    assert (dataset.classes, len(dataset), dataset.class_weights) == (("cats",), 3, ())
+
+
+def test_what_systems_add_to_folders_is_skipped(tmp_path):
+    write_numbered(tmp_path, {"ant": 2})
+    added = (".git/x.png", "__MACOSX/x.png", "@eaDir/x.png", "ant/._000.png", "ant/@eaDir/x.png")
+    for name in added:
+        save(tmp_path / name, (9, 9, 9))
+    (tmp_path / ".DS_Store").write_text("")
+    assert numbers(read(tmp_path)) == [(3, 0), (3, 1)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "PNG", "jpg", "jpeg", "webp", "bmp"])
+def test_suffixes(tmp_path, suffix):
+    save(tmp_path / "a" / f"0.{suffix}", (200, 10, 10))
+    save(tmp_path / "a" / "1.gif", (200, 10, 10))
+    assert len(read(tmp_path)) == 1
+
+
+def test_a_folder_is_described(tmp_path, capsys):
+    write_numbered(tmp_path, {name * 3: 21 for name in "abcdef"})
+    read(tmp_path, channels=1, split="train", flip=True)
+    assert capsys.readouterr().out == (
+        f"{tmp_path}: 114 grey images of 8×8, mirrored at random (12 others are held out for "
+        "testing); 6 classes: aaa 19, bbb 19, ccc 19, ddd 19, eee 19, …\n"
+    )
+
+
+def break_folder(root: Path, trouble: str):
+    write_numbered(root, {"ant": 1})
+    file = root / "ant" / "001.png"
+    if trouble == "text":
+        file.write_text("hello")
+    if trouble == "cut short":
+        save(file, noise(16, 16, 3))
+        file.write_bytes(file.read_bytes()[:-200])
+    if trouble == "beside folders":
+        save(root / "x.png", (0, 0, 0))
+    if trouble == "deeper":
+        save(root / "ant" / "red" / "x.png", (0, 0, 0))
+    if trouble == "one level too high":
+        save(root / "train" / "bee" / "x.png", (0, 0, 0))
+    if trouble == "other format":
+        save(root / "bee" / "x.gif", (0, 0, 0))
+    if trouble == "empty class":
+        (root / "bee").mkdir()
+
+
+@pytest.mark.parametrize("trouble, says", [
+    ("text", "cannot read the image ROOT/ant/001.png "),
+    ("cut short", "cannot read the image ROOT/ant/001.png "),
+    ("beside folders", "ROOT holds images (x.png) beside folders (ant)"),
+    ("deeper", "ROOT/ant holds folders (red): images are expected in ROOT/<class>/"),
+    ("one level too high", "If these folders are the classes, choose ROOT/train"),
+    ("other format", "no images in ROOT/bee"),
+    ("empty class", "no images in ROOT/bee"),
+])
+def test_an_arrangement_that_would_leave_images_out_is_refused(tmp_path, trouble, says):
+    break_folder(tmp_path / "images", trouble)
+    with pytest.raises(UserError, match=re.escape(says.replace("ROOT", f"{tmp_path}/images"))) as e:
+        read(tmp_path / "images")
+    assert "\n" not in str(e.value)
+
+
+def test_a_folder_without_images_or_with_too_few_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder of images"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no images in .*: expected .*/<class>/"):
+        read(tmp_path)
+    save(tmp_path / "ant" / "000.png", (0, 0, 0))
+    with pytest.raises(UserError, match="none of the few in .* add others"):
+        read(tmp_path, split="test")
+    save(tmp_path / "bee" / f"{TEST_NUMBERS[0]:03d}.png", (0, 0, 0))
+    with pytest.raises(UserError, match="so are all images of the class 'bee'"):
+        read(tmp_path, split="train")
+
+
+# ---- load ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config, says", [
+    (DataConfig(None, 32, 3), "this preset needs images: --data DIR"),
+    (DataConfig("textures", 16, 1), "(3, 16, 16), and (1, 16, 16) is expected"),
+    (DataConfig("points", 4, 2), "(2, 1, 1), and (2, 4, 4) is expected"),
+    (DataConfig("textures", 16, 3, flip=True), "textures cannot be mirrored"),
+    (DataConfig("ROOT", 8, 4), "encode the images first: python latents.py"),
+])
+def test_load_refuses_what_does_not_fit(tmp_path, config, says):
+    write_numbered(tmp_path, {"ant": 1})
+    if config.source == "ROOT":
+        config = replace(config, source=str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(says)):
+        data.load(config, count=10)
+
+
+# ---- Batches -------------------------------------------------------------------------------------
+
+
+def test_flip_mirrors_half_of_the_images_and_only_in_training(tmp_path):
+    pixels = noise(4, 4, 3)
+    for name in ("x.png", "y.png"):
+        save(tmp_path / name, pixels)
+    original = torch.from_numpy(pixels.transpose(2, 0, 1)) / 127.5 - 1
+    cases = (("train", True, 160, 240), ("train", False, 0, 0), ("all", True, 0, 0))
+    for split, flip, fewest, most in cases:
+        images, _ = read(tmp_path, 4, split=split, flip=flip).draw(400, data.stream(0, 0))
+        mirrored = sum(torch.equal(x, original.flip(-1)) for x in images)
+        assert mirrored + sum(torch.equal(x, original) for x in images) == 400
+        assert fewest <= mirrored <= most
 
 
 def test_a_random_batch_depends_on_its_generator_only():
@@ -260,24 +452,73 @@ def test_a_random_batch_depends_on_its_generator_only():
         np.random.seed(global_seed)
         torch.manual_seed(global_seed)
         batches.append(dataset.draw(20, data.stream(0, 7)))
-    other = dataset.draw(20, data.stream(0, 8))
+    other, _ = dataset.draw(20, data.stream(0, 8))
     assert torch.equal(batches[0][0], batches[1][0]) and torch.equal(batches[0][1], batches[1][1])
-    assert not torch.equal(batches[0][0], other[0])
+    assert not torch.equal(batches[0][0], other)
     pictures, labels = everything(dataset)
-    for image, label in zip(*batches[0], strict=True):  # each is one of the data set's, mirrored or not, with its label
+    for image, label in zip(*batches[0], strict=True):  # one of the set's, mirrored or not
         known = [torch.equal(image, p) or torch.equal(image.flip(-1), p) for p in pictures]
         assert label in labels[known]
 
 
 def test_some_are_of_every_class_and_none_comes_twice():
     images = np.arange(300, dtype=np.float32).reshape(300, 1, 1, 1)
-    sorted_by_class = data.Dataset(images, np.repeat([0, 1, 2], 100), "abc")
-    images, labels = sorted_by_class.some(60)
-    assert len(images.unique()) == 60 and min(labels.bincount()) > 10
-    assert torch.equal(images, sorted_by_class.some(60)[0]) and len(sorted_by_class.some(1000)[0]) == 300
+    dataset = data.Dataset(images, np.repeat([0, 1, 2], 100), "abc")
+    images, labels = dataset.some(60)
+    assert len(images.unique()) == 60 and labels.bincount().min() > 10
+    assert torch.equal(images, dataset.some(60)[0]) and len(dataset.some(1000)[0]) == 300
 
 
-def test_pixels_survive_the_way_to_floats_and_back():
+def test_a_stream_depends_on_seed_and_index_only():
+    first = data.stream(3, 5).standard_normal(8)
+    np.random.seed(1)
+    data.stream(3, 4).standard_normal(100)
+    assert np.array_equal(data.stream(3, 5).standard_normal(8), first)
+    others = [data.stream(*key).standard_normal(8) for key in ((3, 6), (4, 5), (5, 3))]
+    assert all(np.abs(other - first).min() > 1e-6 for other in others)
+
+
+# ---- Noise and labels ----------------------------------------------------------------------------
+
+
+def test_sample_i_is_the_same_in_any_batch():
+    noise, labels = data.noise_and_labels(TEACHER, 5, range(600))
+    some, some_labels = data.noise_and_labels(TEACHER, 5, [7, 123, 7])
+    assert torch.equal(some, noise[[7, 123, 7]]) and torch.equal(some_labels, labels[[7, 123, 7]])
+    assert not torch.equal(data.noise_and_labels(TEACHER, 6, range(600))[0], noise)
+    assert len({tuple(x.flatten().tolist()) for x in noise}) == 600  # no two alike
+
+    assert noise.shape == (600, 3, 8, 8) and noise.dtype == torch.float32
+    assert torch.equal(noise.half().float(), noise)  # as it is stored
+    assert abs(noise.mean()) < 0.012 and abs(noise.var() - 1) < 0.017  # four standard deviations
+    assert labels.dtype == torch.int64 and labels.max() == 4
+    assert all(71 < n < 169 for n in labels.bincount(minlength=5))  # five of them
+
+
+def test_uniform_labels_are_drawn_after_the_noise():
+    """As they always were: what was written before stays what it is."""
+    x_T, labels = data.noise_and_labels(TEACHER, 9, [3])
+    rng = data.stream(9, 3)
+    first = rng.standard_normal((3, 8, 8), dtype=np.float32)
+    assert np.array_equal(x_T[0].numpy(), first.astype(np.float16))
+    assert labels.tolist() == [rng.integers(5)]
+
+
+def test_labels_are_as_frequent_as_in_the_data():
+    weights = (0.5, 0.0, 0.25, 0.125, 0.125)
+    record = replace(TEACHER, class_weights=weights)
+    noise, labels = data.noise_and_labels(record, 5, range(2000))
+    frequencies = labels.bincount(minlength=5) / 2000
+    assert (frequencies - torch.tensor(weights)).abs().max() < 0.045  # four standard deviations
+    assert frequencies[1] == 0
+    assert torch.equal(noise, data.noise_and_labels(TEACHER, 5, range(2000))[0])  # the same noise
+    assert data.noise_and_labels(record, 5, [77])[1] == labels[77]
+
+
+# ---- Pictures and files --------------------------------------------------------------------------
+
+
+def test_pixels_survive_the_way_to_numbers_and_back():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
     images, _ = everything(data.Dataset(pixels, np.zeros(1, np.int64), ["a"]))
     assert images.min() == -1 and images.max() == 1
@@ -288,11 +529,29 @@ def test_pixels_survive_the_way_to_floats_and_back():
 
 def test_a_grid_puts_images_row_by_row_between_white_gaps():
     colours = torch.tensor([[-1.0, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, -1, 1]])
-    sheet = data.grid(colours[:, :, None, None].expand(5, 3, 16, 16), columns=3, side=64, gap=4)
+    images = colours[:, :, None, None].expand(5, 3, 16, 16)
+    sheet = data.image_grid(images, columns=3, side=64, gap=4)
     assert sheet.size == (4 + 3 * 68, 4 + 2 * 68)
     pixels = np.asarray(sheet)
-    for i, colour in enumerate(data.to_uint8(colours[:, :, None, None])[:, 0, 0]):
+    for i, colour in enumerate(data.to_uint8(images)[:, 0, 0]):
         top, left = 4 + i // 3 * 68, 4 + i % 3 * 68
         assert (pixels[top : top + 64, left : left + 64] == colour).all()
-    assert (pixels[:4] == 255).all() and (pixels[:, 68:72] == 255).all() and (pixels[72:, 140:] == 255).all()
-    assert data.grid(torch.zeros(2, 1, 16, 16), columns=2).getpixel((10, 10)) == (128, 128, 128)  # grey images too
+    assert (pixels[:4] == 255).all() and (pixels[-4:] == 255).all()
+    assert (pixels[:, 68:72] == 255).all() and (pixels[72:, 140:] == 255).all()
+    grey = data.image_grid(torch.zeros(2, 1, 16, 16), columns=2)
+    assert grey.getpixel((10, 10)) == (128, 128, 128)
+    assert data.image_grid(torch.zeros(3, 4, 16, 16), columns=2).size == (140, 140)  # latents
+
+
+def test_npz_is_numpy_s(tmp_path):
+    images = noise(10, 4, 4, 3)
+    data.write_npz(tmp_path / "a.npz", 10, iter([images[:7], images[7:]]))
+    assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], images)
+
+
+@pytest.mark.parametrize("text, name", [
+    ("golden retriever", "golden-retriever"), ("../a\\b: c?", "a-b-c"), ("é_1-2", "é_1-2"),
+    ("..", "unnamed"), ("x" * 300, "x" * 50),
+])
+def test_file_names_are_safe(text, name):
+    assert data.file_name(text) == name

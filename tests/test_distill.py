@@ -1,158 +1,242 @@
-"""The ARD loss is one pass over a whole trajectory. Here it is spelled out step by step, with the Euler step of flow
-matching written by hand, x + (t' − t)·v, and a student's start is compared with what its teacher would do."""
+"""The ARD loss is one pass over a whole trajectory. Here it is spelled out step by step, with the
+Euler step of flow matching written by hand, x + (t' − t)·v; and a student's start is compared with
+what its teacher does."""
+
+import re
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
 
 import pytest
 import torch
 
-from distill import ard_loss, distill, make_student
-from model import HISTORIES, DiT, size
-from presets import COMMON
-from sample import few_step
+import distill
+import training
+from config import HISTORIES
+from distill import ard_loss, make_student, own_history
+from files import UserError, fingerprint
+from sample import few_step, student_times
 from teacher import solve
-from training import Fault
+from tiny import (
+    CPU,
+    FLOW_8,
+    SETTINGS,
+    TEACHER,
+    TRAINING,
+    FewTrajectories,
+    random_dit,
+    student_of,
+)
 
-CONFIG = dict(image_size=8, channels=3, classes=5, **size("N/4"))
-ABOUT = dict(kind="teacher", model=CONFIG, path="flow", predicts="v", guidance=1.0, steps=8, data="shapes")
-SETTINGS = COMMON | dict(
-    steps=4, history="causal", history_layers=2, trajectory="states", output="direction", step_heads=False, told=None,
-    iterations=60, batch=8, lr=2e-3, decay=0.9, bf16=False)
-TIMES = dict(times=[1.0, 0.75, 0.5, 0.25, 0.0], told=[1000.0, 750.0, 500.0, 250.0])
-
-
-def random_dit(seed=0, **changes):
-    """A DiT whose weights are all random: a fresh one puts out zeros, and zeros agree with anything."""
-    torch.manual_seed(seed)
-    model = DiT(**CONFIG, **changes)
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.08)
-    return model
+TIMESTEPS = torch.tensor([1000.0, 750.0, 500.0, 250.0])
 
 
-def student_of(teacher, **changes):
-    student, about = make_student(teacher, ABOUT, SETTINGS | changes)
-    return student, about | TIMES
+def trajectory(count=3):
+    torch.manual_seed(0)
+    return torch.randn(count, 5, 3, 8, 8), torch.tensor([0, 4, 2, 1])[:count]
+
+
+# ---- the worked example --------------------------------------------------------------------------
+
+
+def docstring_row(title):
+    """The numbers that stand behind a title in the docstring's table."""
+    [line] = [line for line in distill.__doc__.splitlines() if title in line]
+    words = re.findall(r"\d+(?:/\d+)?", line.partition(title)[2])
+    return [float(Fraction(word)) for word in words]
+
+
+def test_the_worked_example_of_the_docstring():
+    """S = 4, where the teacher takes 24 Euler steps with flow matching."""
+
+    class Trajectories(FewTrajectories):
+        ode, target_steps = replace(FLOW_8, euler_steps=24), (6, 12, 18, 24)
+
+    _, record = make_student(random_dit(), TEACHER, SETTINGS, Trajectories(), TRAINING)
+    student = record.student
+    assert docstring_row("Euler steps taken") == [0, *student.target_steps] == [0, 6, 12, 18, 24]
+    times = student_times(student).tolist()
+    assert docstring_row("time t") == times == [1, 0.75, 0.5, 0.25, 0]
+    timesteps = list(student.timesteps)
+    assert docstring_row("network is given timestep") == timesteps == [1000, 750, 500, 250]
+
+
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("output", ["direction", "state"])
 def test_one_pass_is_s_steps(history, output):
-    student, about = student_of(random_dit(), history=history, output=output)
-    x, y = torch.randn(3, 5, 3, 8, 8), torch.tensor([0, 4, 2])
+    model, record = student_of(random_dit(), history=history, output=output)
+    x, y = trajectory()
     expected = 0
-    for s in range(4):  # the student has seen s + 1 states and is asked for the next
-        out = student(x[:, : s + 1], torch.tensor(about["told"][: s + 1]), y)[:, s]
-        step = x[:, s] + (about["times"][s + 1] - about["times"][s]) * out if output == "direction" else out
-        expected = expected + ((step - x[:, s + 1]) ** 2).mean() / 4
-    loss = ard_loss(student, about, x, y)
+    for s in range(4):  # the student reads s + 1 of the teacher's states and predicts the next
+        out = model(x[:, : s + 1], TIMESTEPS[: s + 1], y)[:, s]
+        prediction = out if output == "state" else x[:, s] - 0.25 * out
+        expected = expected + ((prediction - x[:, s + 1]) ** 2).mean() / 4
+    loss = ard_loss(model, record.student, x, y)
     assert loss > 0.01
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_own_history():
-    """The first half of the batch is fed what few_step makes of its noise, and is asked for the teacher's states."""
-    student, about = student_of(random_dit())
-    x, y = torch.randn(4, 5, 3, 8, 8), torch.tensor([0, 4, 2, 1])
-    own = few_step(student, about, x[:, 0], y)
-    mixed = ((own[:2, 1:] - x[:2, 1:]).square().mean() + ard_loss(student, about, x[2:], y[2:])) / 2
-    torch.testing.assert_close(ard_loss(student, about, x, y, own=0.5), mixed, rtol=1e-4, atol=1e-5)
-    assert abs(ard_loss(student, about, x, y) - mixed) > 1e-3
-    ard_loss(student, about, x, y, own=1.0).backward()  # through the last pass alone, not through the history
-    assert student.final_layer.linear.weight.grad.abs().sum() > 0
-
-
 def test_the_teachers_own_steps_cost_nothing():
-    x, y = torch.randn(2, 5, 3, 8, 8), torch.tensor([1, 3])
+    x, y = trajectory()
     perfect = {"direction": (x[:, 1:] - x[:, :-1]) / -0.25, "state": x[:, 1:]}  # v = Δx / Δt
-    for output, answer in perfect.items():
-        about = ABOUT | TIMES | dict(output=output)
-        assert ard_loss(lambda x, t, y, answer=answer: answer, about, x, y) < 1e-10
-        assert ard_loss(lambda x, t, y, answer=answer: answer + 1, about, x, y) > 0.05
+    for output, prediction in perfect.items():
+        _, record = student_of(random_dit(), output=output)
+        for error, low, high in ((0, 0, 1e-10), (1, 0.05, 2)):
+            loss = ard_loss(lambda *_, p=prediction, e=error: p + e, record.student, x, y)
+            assert low <= loss < high
+
+
+def test_a_direction_weighs_its_error_with_the_square_of_the_step():
+    """x̂_{t'} − x_{t'} = (t' − t)·(v̂ − v)."""
+    _, record = student_of(random_dit())
+    student = replace(record.student, target_steps=(4, 5, 7, 8))
+    x, y = trajectory()
+    lengths = torch.tensor([1 / 2, 1 / 8, 1 / 4, 1 / 8]).view(4, 1, 1, 1)
+    v = (x[:, 1:] - x[:, :-1]) / -lengths
+    loss = ard_loss(lambda *_: v + 3, student, x, y)
+    torch.testing.assert_close(loss, 9 * lengths.square().mean())
+
+
+def test_a_fraction_of_the_batch_reads_its_own_history():
+    """Its targets remain the teacher's states."""
+    model, record = student_of(random_dit())
+    student, (x, y) = record.student, trajectory(4)
+    own = few_step(model, student, x[:, 0], y)
+    on_policy = (own[:2, 1:] - x[:2, 1:]).square().mean()
+    mixed = (on_policy + ard_loss(model, student, x[2:], y[2:])) / 2
+    found = ard_loss(model, student, x, y, on_policy=0.5)
+    torch.testing.assert_close(found, mixed, rtol=1e-4, atol=1e-5)
+    assert abs(ard_loss(model, student, x, y) - mixed) > 1e-3
+
+
+def test_no_gradient_flows_through_the_students_own_history():
+    model, record = student_of(random_dit())
+    student, (x, y) = record.student, trajectory(4)
+    own = own_history(model, student, x[:, 0], y)
+    assert own.shape == (4, 4, 3, 8, 8) and not own.requires_grad
+    assert torch.equal(own, few_step(model, student, x[:, 0], y)[:, :4])
+
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    as_data = torch.cat([own, x[:, 4:]], dim=1)  # own states as history, and the last target
+    loss = ard_loss(model, student, x, y, on_policy=1.0)
+    targets = (distill.predict_all(model, student, as_data[:, :4], y) - x[:, 1:]).square().mean()
+    torch.testing.assert_close(loss, targets)
+    gradients = [torch.autograd.grad(one, weights) for one in (loss, targets)]
+    for found, expected in zip(*gradients, strict=True):
+        assert found.abs().sum() > 0
+        torch.testing.assert_close(found, expected)
+
+
+# ---- the student ---------------------------------------------------------------------------------
 
 
 def test_without_history_a_student_starts_as_the_teacher_in_few_steps():
     teacher = random_dit()
-    student, about = student_of(teacher, history_layers=0)
-    x_T, y = torch.randn(2, 3, 8, 8), torch.tensor([1, 3])
-    times, states, _ = solve(teacher, ABOUT, x_T, y, steps=4)
-    assert times.tolist() == about["times"]
-    assert (states[:, -1] - x_T).abs().mean() > 0.1
-    torch.testing.assert_close(few_step(student, about, x_T, y), states, rtol=1e-5, atol=1e-5)
+    model, record = student_of(teacher, history_layers=0)
+    x, y = trajectory()
+    states, _ = solve(teacher, replace(FLOW_8, euler_steps=4), x[:, 0], y)
+    assert (states[:, -1] - x[:, 0]).abs().mean() > 0.1
+    found = few_step(model, record.student, x[:, 0], y)
+    torch.testing.assert_close(found, states, rtol=1e-5, atol=1e-5)
 
 
-def test_step_heads_start_as_copies_and_learn_apart():
-    student, about = student_of(random_dit(), step_heads=True)
-    assert len(student.head_names) == 4 == about["model"]["step_heads"]
-    x, y = torch.randn(2, 5, 3, 8, 8), torch.tensor([1, 3])
+def test_the_noise_shortcut_changes_nothing_at_the_start_and_learns():
+    x, y = trajectory()
+    without, record = student_of(random_dit())
+    model, _ = student_of(random_dit(), noise_shortcut=True)
+    loss = ard_loss(model, record.student, x, y)
+    assert torch.equal(loss, ard_loss(without, record.student, x, y))
+    loss.backward()
+    assert model.noise_shortcut.weight.grad.abs().sum() > 0
+
+
+def test_output_layers_start_as_copies_and_learn_apart():
+    model, record = student_of(random_dit(), output_layer_per_step=True)
+    assert len(model.output_layer_names) == 4 == record.model.output_layers
+    x, y = trajectory()
     shared, _ = student_of(random_dit())
-    torch.testing.assert_close(ard_loss(student, about, x, y), ard_loss(shared, about, x, y))
-    ard_loss(student, about, x, y).backward()
-    gradients = [getattr(student, name).linear.weight.grad for name in student.head_names]
-    assert all(g.abs().sum() > 0 for g in gradients) and not torch.equal(gradients[0], gradients[3])
+    loss = ard_loss(model, record.student, x, y)
+    torch.testing.assert_close(loss, ard_loss(shared, record.student, x, y))
+    loss.backward()
+    layers = [getattr(model, name).linear for name in model.output_layer_names]
+    gradients = [layer.weight.grad for layer in layers]
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+    assert not torch.equal(gradients[0], gradients[3])
 
 
+@pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("history", HISTORIES)
-def test_gradients_reach_every_weight(history):
-    student, about = student_of(random_dit(), history=history)
-    ard_loss(student, about, torch.randn(2, 5, 3, 8, 8), torch.arange(2)).backward()
-    still = [name for name, w in student.named_parameters() if w.requires_grad and not w.grad.abs().sum() > 0]
-    assert still == []
+def test_gradients_reach_every_weight(history, shortcut):
+    model, record = student_of(random_dit(), history=history, noise_shortcut=shortcut)
+    ard_loss(model, record.student, *trajectory()).backward()
+    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    assert [name for name, w in trained.items() if not w.grad.abs().sum() > 0] == []
 
 
-class FewTrajectories:
-    """Eight random trajectories, as data.Trajectories gives them."""
-    meta = dict(teacher="-", guidance=1.0, guided_channels=None, steps=8, marks=[1, 2, 3, 4, 5, 6, 7, 8], seed=0)
-    marks, times = [2, 4, 6, 8], TIMES["times"]
+def test_the_record_says_where_a_student_comes_from():
+    teacher = random_dit()
+    _, record = student_of(teacher)
+    assert record.teacher == fingerprint(teacher.state_dict())
+    assert (record.data, record.classes, record.trajectories) == (TEACHER.data, TEACHER.classes, 8)
+    assert (record.student.ode, record.training) == (FLOW_8, TRAINING)
+    other = replace(FLOW_8, guidance_scale=3.0)  # trajectories may have been made with another ODE
 
-    def __len__(self):
-        return 8
+    class Trajectories(FewTrajectories):
+        ode = other
 
-    def batch(self, indices):
-        x = torch.randn(8, 5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-        return x[indices], torch.arange(8)[indices] % 5
+    _, record = make_student(teacher, TEACHER, SETTINGS, Trajectories(), TRAINING)
+    assert record.student.ode == other
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(trajectory="x0"), "use --output state, or --trajectory states"),
+        (dict(timesteps=(1.0,)), "1 timesteps are given for 4 steps"),
+        (dict(history_layers=7), "7 history layers: the network has 6"),
+        (dict(history="future"), "no history 'future'"),
+    ],
+)
+def test_settings_that_contradict_one_another(wrong, says):
+    with pytest.raises(UserError, match=says):
+        student_of(random_dit(), **wrong)
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def train(file, runtime=CPU, record_changes=None, **settings):
+    model, record = student_of(random_dit(), **settings)
+    record = replace(record, **(record_changes or {}))
+    ema, losses = distill.distill(model, record, FewTrajectories(), file, runtime)
+    return model, record, losses
 
 
 def test_training_learns(tmp_path):
-    student, about = make_student(random_dit(), ABOUT, SETTINGS)
-    out, cpu = tmp_path / "student.pt", torch.device("cpu")
-    _, about, losses = distill(student, about, FewTrajectories(), SETTINGS, out, cpu)
-    assert about["times"] == TIMES["times"] and about["told"] == TIMES["told"] and about["marks"] == [2, 4, 6, 8]
-    x, y = FewTrajectories().batch(list(range(8)))
-    trained = ard_loss(student, about, x, y)  # `student` itself was trained
+    model, record, _ = train(tmp_path / "student.pt")
     fresh, _ = student_of(random_dit())
-    assert trained < 0.7 * ard_loss(fresh, about, x, y)
+    x, y = FewTrajectories().batch(list(range(8)))
+    trained = ard_loss(model, record.student, x, y)  # `model` itself was trained
+    assert trained < 0.7 * ard_loss(fresh, record.student, x, y)
 
 
-def test_history_that_opens_late(tmp_path):
-    """A layer that opens after 50 of 60 steps: what comes before is step distillation, bit for bit."""
-    def run(**changes):
-        student, about = make_student(random_dit(), ABOUT, SETTINGS | changes)
-        out = tmp_path / f"{changes}.pt"
-        return distill(student, about, FewTrajectories(), SETTINGS | changes, out, torch.device("cpu"))
-
-    student, _, late = run(history_layers=1, opens=50 / 60)
-    _, _, blind = run(history_layers=0)
-    _, _, always = run(history_layers=1)
-    assert student.history_layers == 1  # the average, which is what one samples from
-    assert late[0] == blind[0] != always[0]  # the mean loss of the first 50 steps
-    assert late[1] != blind[1]
+def test_a_micro_batch_must_hold_a_sample_that_reads_its_own_history(tmp_path):
+    changes = dict(training=replace(TRAINING, on_policy=0.2))  # of 4: one; of 2: none
+    with pytest.raises(UserError, match="--on-policy 0.2 of a micro-batch of 2 is less than one"):
+        train(tmp_path / "a.pt", replace(CPU, accumulate=4), changes)
 
 
-def test_compiled_or_not(tmp_path, monkeypatch):
-    """Compiled layers compute the same, in a step's one pass and in the student's own sampling with the cache."""
-    compile_layer = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer: compile_layer(layer, backend="aot_eager"))
+def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
+    """In a training pass, and in the student's own sampling with the cache."""
+    compiled = partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    changes = dict(training=replace(TRAINING, iterations=4, on_policy=0.5))
     losses = []
-    for compile in (False, True):
-        settings = SETTINGS | dict(compile=compile, iterations=4, own=0.5)
-        student, about = make_student(random_dit(), ABOUT, settings)
-        out = tmp_path / f"{compile}.pt"
-        losses.append(distill(student, about, FewTrajectories(), settings, out, torch.device("cpu"))[2])
+    for use in (False, True):
+        runtime = replace(CPU, compile=use)
+        losses.append(train(tmp_path / f"{use}.pt", runtime, changes, noise_shortcut=True)[2])
     assert torch.tensor(losses[1]).allclose(torch.tensor(losses[0]), rtol=1e-4)
-
-
-def test_settings_that_cannot_be():
-    teacher = random_dit()
-    for wrong in (dict(trajectory="clean"), dict(told=[1.0]), dict(opens=1.0), dict(history_layers=7),
-                  dict(history="future")):
-        with pytest.raises(Fault):
-            make_student(teacher, ABOUT, SETTINGS | wrong)

@@ -1,62 +1,83 @@
-"""The network against networks written here. `plain_dit` below is the public DiT by the book: a loop over patches, one
-modulation per token, attention as a softmax of a score matrix with a dense mask. It imports nothing from model.py and
-reads the weights by their public names, so whatever model.py does faster (folded blocks, sliced keys, a cache), it must
-come to the same numbers. A fresh DiT puts out exactly zero (adaLN-zero), and zero passes almost any test: so every
-network here has all its parameters drawn at random first, and `run` insists on an output that is not small."""
+"""The network against networks that are written here.
+
+`plain_dit` below is the public DiT by the book: a loop over patches, one modulation per token,
+attention as a softmax of a score matrix with a dense mask. It uses nothing of model.py but the
+mask, and reads the weights by their public names. Whatever model.py does faster (states folded into
+the batch, sliced keys, a cache) must come to the same numbers.
+
+A fresh DiT predicts exactly zero (adaLN-zero), and zero agrees with almost anything. So every
+network here has random weights, and `run` insists on an output that is not small.
+"""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from model import DiT, KVCache, sincos_positions, size
+from config import HISTORIES, ModelConfig, parse_size
+from model import DiT, KVCache, history_mask, sincos_positions
 
-HISTORIES = ("none", "window", "anchor", "causal")
-TINY = dict(image_size=6, channels=3, classes=5, patch=2, width=32, depth=3, heads=4)
-TOKENS, STEPS = 9, 4  # n of a block, blocks of a trajectory
+TINY = ModelConfig(image_size=6, channels=3, classes=5, patch=2, width=32, depth=3, heads=4)
+TOKENS, STATES = 9, 4  # n, and S
 
 
 def network(**changes):
-    """A tiny DiT with every parameter random."""
-    model = DiT(**TINY | changes)
-    dice = torch.Generator().manual_seed(0)
+    """A tiny DiT with random weights."""
+    model = DiT(replace(TINY, **changes))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weights in model.parameters():
-            weights.normal_(0, 0.15, generator=dice)
+        for weight in model.parameters():
+            weight.normal_(0, 0.15, generator=generator)
     return model
 
 
 def trajectory():
-    """x (b, s, c, h, w), t (s,), y (b,)."""
+    """x (b, s, c, h, w), timesteps (s,), y (b,)."""
     torch.manual_seed(1)
-    return torch.randn(2, STEPS, 3, 6, 6), torch.tensor([999.0, 750.0, 500.0, 250.0]), torch.tensor([1, 4])
+    x = torch.randn(2, STATES, 3, 6, 6)
+    return x, torch.tensor([999.0, 750.0, 500.0, 250.0]), torch.tensor([1, 4])
 
 
-def run(model, x, t, y):
-    out = model(x, t, y)
+def run(model, x, timesteps, y):
+    out = model(x, timesteps, y)
     assert out.shape == x.shape and out.std() > 0.1
     return out
 
 
+def run_stepwise(model, x, timesteps, y, cache):
+    """One state at a time, as in sampling."""
+    outputs = [model(x[:, [i]], timesteps[[i]], y, cache) for i in range(x.shape[1])]
+    return torch.cat(outputs, dim=1)
+
+
 def moved(model, j):
-    """Which blocks' outputs change at all (in any bit) when block j of the input does: a list of booleans."""
-    x, t, y = trajectory()
+    """Which states' outputs change at all (in any bit) when state j of the input does."""
+    x, timesteps, y = trajectory()
     other = x.clone()
     other[:, j] += torch.randn_like(x[:, j])
     with torch.no_grad():
-        before, after = run(model, x, t, y), run(model, other, t, y)
-    return [not torch.equal(before[:, i], after[:, i]) for i in range(STEPS)]
+        before, after = run(model, x, timesteps, y), run(model, other, timesteps, y)
+    return [not torch.equal(before[:, i], after[:, i]) for i in range(STATES)]
 
 
-# ---- a DiT by the book ----------------------------------------------------------------------------------------------
+def test_a_fresh_network_predicts_zero_and_each_of_its_layers_is_the_identity():
+    model = DiT(TINY)
+    x, timesteps, y = trajectory()
+    assert torch.equal(model(x, timesteps, y), torch.zeros_like(x))
+    tokens, c = model.embed(x), model.condition(timesteps, y)
+    assert tokens.std() > 0.1 and torch.equal(model.run_layer(0, tokens, c), tokens)
 
-def plain_dit(w, x, t, y, masks, patch=2, heads=4):
-    """w: weights by name; x: images (b, s, c, h, w), their tokens put in one row; t: (b, s); y: (b,); masks: for each
-    layer which token (row) may read which (column), (s*n, s*n), or None for all. With s = 1 it is Peebles & Xie's."""
+
+# ---- a DiT by the book ---------------------------------------------------------------------------
+
+
+def plain_dit(w, x, timesteps, y, masks, patch=2, heads=4):
+    """w: weights by name; x: (b, s, c, h, w), whose tokens are put in one row; timesteps: (b, s);
+    y: (b,); masks: for each layer, which token (row) may read which (column), (s·n, s·n).
+    With s = 1 it is the DiT of Peebles & Xie."""
     b, s, channels, side, _ = x.shape
     g = side // patch
 
@@ -70,281 +91,306 @@ def plain_dit(w, x, t, y, masks, patch=2, heads=4):
     def silu(v):
         return v / (1 + torch.exp(-v))
 
-    kernel = w["x_embedder.proj.weight"].reshape(-1, channels * patch * patch)  # a patch goes in as (c p q)
-    patches = [x[:, i, :, r * patch:(r + 1) * patch, q * patch:(q + 1) * patch].reshape(b, -1)
-               for i in range(s) for r in range(g) for q in range(g)]
-    h = torch.stack(patches, 1) @ kernel.T + w["x_embedder.proj.bias"] + w["pos_embed"].repeat(1, s, 1)
+    patches = []  # a patch goes in as (c p q)
+    for i in range(s):
+        for r in range(0, side, patch):
+            for q in range(0, side, patch):
+                patches.append(x[:, i, :, r : r + patch, q : q + patch].reshape(b, -1))
+    kernel = w["x_embedder.proj.weight"].reshape(-1, channels * patch * patch)
+    h = torch.stack(patches, 1) @ kernel.T + w["x_embedder.proj.bias"]
+    h = h + w["pos_embed"].repeat(1, s, 1)
 
-    angles = t[..., None] * torch.tensor([10000 ** (-i / 128) for i in range(128)])
+    angles = timesteps[..., None] * torch.tensor([10000 ** (-i / 128) for i in range(128)])
     time = linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))
-    c = linear("t_embedder.mlp.2", silu(time)) + w["y_embedder.embedding_table.weight"][y][:, None]
-    c = silu(c.repeat_interleave(g * g, dim=1))  # (b, s*n, width): one condition per token
+    label = w["y_embedder.embedding_table.weight"][y][:, None]
+    c = linear("t_embedder.mlp.2", silu(time)) + label
+    c = silu(c.repeat_interleave(g * g, dim=1))  # (b, s·n, width): one condition per token
 
     for i, mask in enumerate(masks):
-        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"blocks.{i}.adaLN_modulation.1", c).chunk(6, -1)
+        modulation = linear(f"blocks.{i}.adaLN_modulation.1", c).chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         qkv = linear(f"blocks.{i}.attn.qkv", norm(h, shift1, scale1))
-        q, k, v = qkv.reshape(b, s * g * g, 3, heads, -1).permute(2, 0, 3, 1, 4)  # each (b, heads, s*n, d)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
-        h = h + gate1 * linear(f"blocks.{i}.attn.proj", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        q, k, v = qkv.reshape(b, s * g * g, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])  # (b, heads, s·n, s·n)
+        scores = scores.masked_fill(~mask, -math.inf)
+        attended = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = h + gate1 * linear(f"blocks.{i}.attn.proj", attended)
         u = linear(f"blocks.{i}.mlp.fc1", norm(h, shift2, scale2))
-        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))  # tanh GELU
+        u = 0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))  # GELU
         h = h + gate2 * linear(f"blocks.{i}.mlp.fc2", u)
 
     shift, scale = linear("final_layer.adaLN_modulation.1", c).chunk(2, -1)
-    out = linear("final_layer.linear", norm(h, shift, scale)).reshape(b, s, g, g, patch, patch, -1)  # out as (p q c)
+    out = linear("final_layer.linear", norm(h, shift, scale))
+    out = out.reshape(b, s, g, g, patch, patch, -1)  # a patch comes out as (p q c)
     return out.permute(0, 1, 6, 2, 4, 3, 5).reshape(b, s, -1, side, side)[:, :, :channels]
-
-
-def dense_mask(history, s=STEPS, n=TOKENS):
-    reads = {"none": lambda i, j: j == i, "window": lambda i, j: j in (i - 1, i),
-             "anchor": lambda i, j: j in (0, i), "causal": lambda i, j: j <= i}[history]
-    blocks = torch.tensor([[reads(i, j) for j in range(s)] for i in range(s)])
-    return blocks.repeat_interleave(n, 0).repeat_interleave(n, 1)
-
-
-@pytest.fixture
-def float64():
-    """In double precision, a right answer agrees to 1e-10 and a nearly right one does not."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_without_history_it_is_one_plain_dit_per_state(learn_sigma):
-    model = network(history_layers=0, learn_sigma=learn_sigma)
-    x, t, y = trajectory()
-    t = torch.stack([t, t / 2])  # (b, s): each sample may have its own times
-    out = run(model, x, t, y)
-    for i in range(STEPS):
-        alone = plain_dit(model.state_dict(), x[:, [i]], t[:, [i]], y, masks=[None] * 3)
+    model = network(history="causal", history_layers=0, learn_sigma=learn_sigma)
+    x, timesteps, y = trajectory()
+    timesteps = torch.stack([timesteps, timesteps / 2])  # (b, s): each sample may have its own
+    out = run(model, x, timesteps, y)
+    everything = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+    for i in range(STATES):
+        alone = plain_dit(model.state_dict(), x[:, [i]], timesteps[:, [i]], y, 3 * [everything])
         torch.testing.assert_close(out[:, [i]], alone, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("history", HISTORIES)
-def test_outputs_and_gradients_equal_dense_masked_attention(history, layers):
+def test_the_slices_compute_what_the_mask_says_outputs_and_gradients(history, layers):
     model = network(history=history, history_layers=layers)
-    x, t, y = trajectory()
+    x, timesteps, y = trajectory()
     weights = dict(model.named_parameters())
-    trained = [w for w in weights.values() if w.requires_grad]
-    masks = [dense_mask(history if layer < layers else "none") for layer in range(3)]
-    out, expected = run(model, x, t, y), plain_dit(weights, x, t.expand(2, -1), y, masks)
+    trained = [weight for weight in weights.values() if weight.requires_grad]
+    masks = layers * [history_mask(history, STATES, TOKENS)]
+    masks += (3 - layers) * [history_mask("none", STATES, TOKENS)]
+    out = run(model, x, timesteps, y)
+    expected = plain_dit(weights, x, timesteps.expand(2, -1), y, masks)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
 
     target = torch.randn_like(x)
-    gradients, dense = (torch.autograd.grad((o - target).square().mean(), trained) for o in (out, expected))
-    for ours, reference in zip(gradients, dense, strict=True):
+    ours = torch.autograd.grad((out - target).square().mean(), trained)
+    dense = torch.autograd.grad((expected - target).square().mean(), trained)
+    for gradient, reference in zip(ours, dense, strict=True):
         assert reference.abs().max() > 1e-4
-        torch.testing.assert_close(ours, reference, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-10)
 
 
-# ---- which block reads which ----------------------------------------------------------------------------------------
+# ---- which state reads which ---------------------------------------------------------------------
+
+PAPER = {  # Fig. 3; a row is the state that reads, a column the state that is read, x_T first
+    "none": ["■···", "·■··", "··■·", "···■"],
+    "window": ["■···", "■■··", "·■■·", "··■■"],
+    "anchor": ["■···", "■■··", "■·■·", "■··■"],
+    "causal": ["■···", "■■··", "■■■·", "■■■■"],
+}
+
 
 @pytest.mark.parametrize("history", HISTORIES)
-def test_causal_to_the_bit(history):
-    model = network(history=history, history_layers=2)
-    for j in range(STEPS):
+def test_the_mask_is_the_papers(history):
+    states = torch.tensor([[cell == "■" for cell in row] for row in PAPER[history]])
+    assert torch.equal(history_mask(history, 4, 1), states)
+    every_token = torch.kron(states, torch.ones(3, 3, dtype=torch.bool))  # of a state alike
+    assert torch.equal(history_mask(history, 4, 3), every_token)
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+@pytest.mark.parametrize("history", HISTORIES)
+def test_causal_to_the_bit(history, shortcut):
+    model = network(history=history, history_layers=2, noise_shortcut=shortcut)
+    for j in range(STATES):
         changes = moved(model, j)
         assert changes[j] and not any(changes[:j])
 
 
-@pytest.mark.parametrize("history, by_block_0, by_block_1", [
-    ("none", [True, False, False, False], [False, True, False, False]),
-    ("window", [True, True, False, False], [False, True, True, False]),
-    ("anchor", [True, True, True, True], [False, True, False, False]),
-    ("causal", [True, True, True, True], [False, True, True, True]),
-])
-def test_masks_are_told_apart_by_one_layer(history, by_block_0, by_block_1):
-    model = network(history=history, history_layers=1)  # one layer: what moves was read directly
-    assert moved(model, 0) == by_block_0
-    assert moved(model, 1) == by_block_1
-
-
-# ---- sampling with the cache ----------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("step_heads", [1, STEPS])
-@pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("history", HISTORIES)
-def test_cached_sampling_equals_the_full_forward(history, layers, step_heads):
-    model = network(history=history, history_layers=layers, step_heads=step_heads)
-    x, t, y = trajectory()
-    read = []  # tokens that the first layer computes keys for, call by call
-    model.blocks[0].attn.qkv.register_forward_hook(lambda _, inputs, out: read.append(out[0].numel() // out.shape[-1]))
+def test_masks_are_told_apart_by_one_layer(history):
+    model = network(history=history, history_layers=1)  # one layer: what moves was read directly
+    for j in range(STATES):
+        assert moved(model, j) == [row[j] == "■" for row in PAPER[history]]
+
+
+# ---- the noise shortcut --------------------------------------------------------------------------
+
+
+def test_the_noise_shortcut_reads_x_T_and_nothing_else():
+    model = network(noise_shortcut=True)  # and no history layers
+    assert moved(model, 0) == [True, True, True, True]
+    for j in range(1, STATES):
+        assert moved(model, j) == [i == j for i in range(STATES)]
+
+
+def test_the_noise_shortcut_adds_a_linear_map_of_x_Ts_token_at_the_same_place():
+    model, x = network(noise_shortcut=True), trajectory()[0]
     with torch.no_grad():
-        full, cache = run(model, x, t, y), KVCache(STEPS)
-        stepwise = torch.cat([model(x[:, [i]], t[[i]], y, cache) for i in range(STEPS)], dim=1)
+        tokens = model.embed(x)
+        matrix = model.noise_shortcut.weight.clone()
+        model.noise_shortcut.weight.zero_()  # as it starts
+        without = model.embed(x)
+    expected = without.clone()
+    expected[:, 1:] += without[:, :1] @ matrix.T
+    torch.testing.assert_close(tokens, expected)
+    assert (tokens - without)[:, 1:].abs().mean() > 0.1
+
+
+def test_the_noise_shortcut_starts_at_zero_and_learns():
+    model = network(noise_shortcut=True)
+    fresh = DiT(model.config).noise_shortcut.weight
+    assert torch.equal(fresh, torch.zeros_like(fresh))
+    with torch.no_grad():
+        model.noise_shortcut.weight.zero_()
+    run(model, *trajectory()).square().mean().backward()
+    assert model.noise_shortcut.weight.grad.abs().mean() > 1e-5
+
+
+# ---- sampling with the cache ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output_layers", [1, STATES])
+@pytest.mark.parametrize("layers, shortcut", [(0, False), (1, False), (3, True), (0, True)])
+@pytest.mark.parametrize("history", HISTORIES)
+def test_cached_sampling_equals_the_full_pass(history, layers, shortcut, output_layers):
+    model = network(
+        history=history,
+        history_layers=layers,
+        noise_shortcut=shortcut,
+        output_layers=output_layers,
+    )
+    x, timesteps, y = trajectory()
+    tokens_read = []  # by the first layer, call by call
+
+    def count(_, inputs, out):
+        tokens_read.append(out[0].numel() // out.shape[-1])
+
+    model.blocks[0].attn.qkv.register_forward_hook(count)
+    cache = KVCache(STATES)
+    with torch.no_grad():
+        full = run(model, x, timesteps, y)
+        stepwise = run_stepwise(model, x, timesteps, y, cache)
     torch.testing.assert_close(stepwise, full, rtol=1e-5, atol=1e-5)
-    assert read == [STEPS * TOKENS] + STEPS * [TOKENS]  # the full pass, then one block at a time: a cache is a cache
-    assert len(cache.buffers) == (0 if history == "none" else layers)  # and only for the layers that look back
+    assert tokens_read == [STATES * TOKENS] + STATES * [TOKENS]  # one state at a time, no prefix
+    # Only the layers that look back remember anything.
+    assert len(cache.buffers) == (0 if history == "none" else layers)
 
 
-def test_every_step_has_its_own_head():
-    model = network(step_heads=STEPS)
-    x, t, y = trajectory()
+def test_a_full_cache_refuses_more():
+    model, cache = network(history="causal", history_layers=1), KVCache(2)
+    x, timesteps, y = trajectory()
     with torch.no_grad():
-        before = run(model, x, t, y)
+        model(x[:, :2], timesteps[:2], y, cache)
+        with pytest.raises(ValueError, match="a cache for 2 states"):
+            model(x[:, 2:3], timesteps[2:3], y, cache)
+
+
+def test_every_step_has_its_own_output_layer():
+    model = network(output_layers=STATES)
+    x, timesteps, y = trajectory()
+    with torch.no_grad():
+        before = run(model, x, timesteps, y)
         model.final_layer3.linear.bias += 1
-        torch.testing.assert_close(model(x, t, y) - before, torch.eye(STEPS)[2].view(1, -1, 1, 1, 1).expand_as(x))
+        change = run(model, x, timesteps, y) - before
+    third = torch.zeros_like(x)
+    third[:, 2] = 1
+    torch.testing.assert_close(change, third)
 
 
 @pytest.mark.parametrize("history", HISTORIES)
 def test_no_mask_reaches_attention(history, monkeypatch):
-    attend, calls = F.scaled_dot_product_attention, []
+    attend, queries = F.scaled_dot_product_attention, []
 
     def watch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
         assert attn_mask is None and is_causal is False and dropout_p == 0
-        calls.append(query.shape[-2])
+        queries.append(query.shape[-2])
         return attend(query, key, value, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    model, cache = network(history=history, history_layers=2), KVCache(STEPS)
-    x, t, y = trajectory()
-    run(model, x, t, y).sum().backward()
-    trained = len(calls)
+    model = network(history=history, history_layers=2)
+    x, timesteps, y = trajectory()
+    run(model, x, timesteps, y).sum().backward()
+    in_training = len(queries)
     with torch.no_grad():
-        for i in range(STEPS):
-            model(x[:, [i]], t[[i]], y, cache)
-    assert trained >= 3 and len(calls) - trained == 3 * STEPS
-    assert set(calls) == {TOKENS}  # queries of one block at a time: no S·n × S·n matrix anywhere
+        run_stepwise(model, x, timesteps, y, KVCache(STATES))
+    assert in_training == (3 if history == "none" else 2 * STATES + 1)
+    assert len(queries) - in_training == 3 * STATES
+    assert set(queries) == {TOKENS}  # of one state: no S·n × S·n matrix anywhere
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
+
 
 def test_checkpointing_changes_no_gradient():
-    model, passes = network(history_layers=2), []
+    model, passes = network(history="causal", history_layers=2), []
     model.blocks[1].attn.qkv.register_forward_pre_hook(lambda *_: passes.append(1))
-    x, t, y = trajectory()
-    trained = [w for w in model.parameters() if w.requires_grad]
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = []
     for model.checkpointing in (False, True):
-        gradients.append(torch.autograd.grad(run(model, x, t, y).square().mean(), trained))
+        loss = run(model, *trajectory()).square().mean()
+        gradients.append(torch.autograd.grad(loss, trained))
     assert len(passes) == 1 + 2  # with checkpointing, the backward pass computes the layer again
     for stored, recomputed in zip(*gradients, strict=True):
         assert stored.abs().max() > 0
         torch.testing.assert_close(recomputed, stored, rtol=1e-6, atol=1e-8)
 
 
-# ---- the public DiT -------------------------------------------------------------------------------------------------
+# ---- the public DiT ------------------------------------------------------------------------------
 
-def public(name, **more):
-    """A public ImageNet-256 configuration, on the meta device: shapes without memory."""
+
+def public(size, **changes):
+    """A public ImageNet-256 network, on the meta device: shapes without memory."""
+    config = ModelConfig(
+        image_size=32, channels=4, classes=1000, learn_sigma=True, **parse_size(size), **changes
+    )
     with torch.device("meta"):
-        return DiT(image_size=32, channels=4, classes=1000, learn_sigma=True, **size(name), **more)
+        return DiT(config)
 
 
 @pytest.mark.parametrize("patch", [2, 4, 8])
-@pytest.mark.parametrize("letters, width, depth, heads, millions", [
-    ("S", 384, 12, 6, 33), ("B", 768, 12, 12, 130), ("L", 1024, 24, 16, 458), ("XL", 1152, 28, 16, 675)])
+@pytest.mark.parametrize(
+    "letters, width, depth, heads, millions",
+    [
+        ("S", 384, 12, 6, 33),
+        ("B", 768, 12, 12, 130),
+        ("L", 1024, 24, 16, 458),
+        ("XL", 1152, 28, 16, 675),
+    ],
+)
 def test_parameters_of_the_public_sizes(letters, width, depth, heads, millions, patch):
     def linear(i, o):
         return i * o + o
 
-    d, name = width, f"DiT-{letters}/{patch}"
-    layer = linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d) + linear(d, 6 * d)
+    d, size = width, f"DiT-{letters}/{patch}"
+    layer = linear(d, 3 * d) + linear(d, d) + linear(d, 4 * d) + linear(4 * d, d)
+    layer += linear(d, 6 * d)  # the modulation
     embedders = linear(4 * patch**2, d) + linear(256, d) + linear(d, d) + 1001 * d
     expected = embedders + depth * layer + linear(d, 2 * d) + linear(d, 8 * patch**2)
 
-    assert size(name) == dict(width=width, depth=depth, heads=heads, patch=patch)
-    model = public(name)
-    assert sum(w.numel() for w in model.parameters() if w.requires_grad) == expected
-    assert sum(w.numel() for w in model.parameters()) == expected + (32 // patch) ** 2 * d  # and the fixed positions
+    assert parse_size(size) == dict(width=width, depth=depth, heads=heads, patch=patch)
+    weights = list(public(size).parameters())
+    assert sum(w.numel() for w in weights if w.requires_grad) == expected
+    positions = (32 // patch) ** 2 * d  # fixed
+    assert sum(w.numel() for w in weights) == expected + positions
     if patch == 2:
         assert round(expected / 1e6) == millions  # as published, which counts what is trained
 
 
 def test_names_are_the_public_ones():
-    def both(name):
-        return {f"{name}.weight", f"{name}.bias"}
-
-    names = {"pos_embed", "y_embedder.embedding_table.weight"}
-    names |= both("x_embedder.proj") | both("t_embedder.mlp.0") | both("t_embedder.mlp.2")
+    layers = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2"]
     for i in range(28):
         for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
-            names |= both(f"blocks.{i}.{part}")
-    names |= both("final_layer.adaLN_modulation.1") | both("final_layer.linear")
-    assert set(public("DiT-XL/2", history_layers=6).state_dict()) == names
+            layers.append(f"blocks.{i}.{part}")
+    layers += ["final_layer.adaLN_modulation.1", "final_layer.linear"]
+    names = {"pos_embed", "y_embedder.embedding_table.weight"}
+    names |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    student = public("DiT-XL/2", history="causal", history_layers=6)
+    assert set(student.state_dict()) == names
 
 
 def test_positions_are_the_public_ones():
     width, g = 32, 5
-    column, row = np.meshgrid(np.arange(g), np.arange(g))  # "w goes first", as the public code remarks
+    column, row = np.meshgrid(np.arange(g), np.arange(g))  # "w goes first", as the public code says
 
     def sincos(d, positions):
         omega = 1 / 10000 ** (np.arange(d // 2) / (d / 2))
         angles = np.outer(positions.reshape(-1), omega)
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
 
-    expected = np.concatenate([sincos(width // 2, column), sincos(width // 2, row)], axis=1)
+    halves = [sincos(width // 2, column), sincos(width // 2, row)]
+    expected = np.concatenate(halves, axis=1)
     np.testing.assert_allclose(sincos_positions(g, width)[0].numpy(), expected, atol=1e-6)
-    fresh = DiT(**TINY | dict(image_size=10)).pos_embed
+    fresh = DiT(replace(TINY, image_size=10)).pos_embed
     np.testing.assert_allclose(fresh[0].numpy(), expected, atol=1e-6)
     assert not fresh.requires_grad
 
 
-def test_times_become_256_sinusoids_cosines_first():
+def test_timesteps_become_256_sinusoids_cosines_first():
     embedder = network().t_embedder
     embedder.mlp = torch.nn.Identity()
-    times = np.array([[0, 1, 583], [41.5, 250, 999]])
-    angles = times[..., None] * np.exp(-np.log(10000) * np.arange(128) / 128)
+    timesteps = np.array([[0, 1, 583], [41.5, 250, 999]])
+    angles = timesteps[..., None] * np.exp(-np.log(10000) * np.arange(128) / 128)
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    np.testing.assert_allclose(embedder(torch.from_numpy(times)).numpy(), expected, atol=3e-4)  # 999 rad in float32
-
-
-# ---- the bill -------------------------------------------------------------------------------------------------------
-
-def counted(forward):
-    """Multiply-accumulates of a call of forward(), as PyTorch counts them: a MAC is two FLOPs."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        forward()
-    assert torch.ops.aten.bmm in counter.get_flop_counts()["Global"]  # attention was seen
-    return counter.get_total_flops() / 2
-
-
-def test_macs_of_the_paper():
-    plain, ard = public("DiT-XL/2"), public("DiT-XL/2", history_layers=6)
-    assert round(plain.macs() / 1e9, 1) == 118.6
-    assert plain.macs(4) / 1e9 == pytest.approx(474.6, abs=0.2)
-    assert round(100 * (ard.macs(4) / plain.macs(4) - 1), 1) == 1.1
-
-    x, t, y = (torch.empty(*shape, device="meta") for shape in ((1, 4, 4, 32, 32), (1, 4), (1,)))
-    assert counted(lambda: plain(x[:, :1], t[:, :1], y.long())) == plain.macs()
-    assert counted(lambda: ard(x, t, y.long())) == ard.macs(4)
-
-
-@pytest.mark.parametrize("layers", [0, 2])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_macs_are_what_pytorch_counts(history, layers):
-    model, cache = network(history=history, history_layers=layers, learn_sigma=True), KVCache(STEPS)
-    x, t, y = trajectory()
-    x, t, y = x[:1], t[None], y[:1]  # one image
-    assert counted(lambda: model(x, t, y)) == model.macs(STEPS)
-    assert counted(lambda: [model(x[:, [i]], t[:, [i]], y, cache) for i in range(STEPS)]) == model.macs(STEPS)
-
-
-# ---- mistakes -------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("wrong", [
-    dict(history="diagonal"), dict(history_layers=4), dict(history_layers=-1), dict(image_size=7)])
-def test_wrong_configurations_are_refused(wrong):
-    with pytest.raises(ValueError):
-        DiT(**TINY | wrong)
-
-
-@pytest.mark.parametrize("name", ["DiT-Q/2", "XL", "XL/", "XL/0", "XL/two", ""])
-def test_unknown_sizes_are_refused(name):
-    with pytest.raises(ValueError, match="model size"):
-        size(name)
-
-
-def test_a_full_cache_refuses_more():
-    model, cache = network(history_layers=1), KVCache(2)
-    x, t, y = trajectory()
-    with torch.no_grad():
-        model(x[:, :2], t[:2], y, cache)
-        with pytest.raises(ValueError, match="cache"):
-            model(x[:, 2:3], t[2:3], y, cache)
+    found = embedder(torch.from_numpy(timesteps)).numpy()
+    np.testing.assert_allclose(found, expected, atol=3e-4)  # 999 rad in float32

@@ -1,8 +1,10 @@
-"""Two processes do what one does: the same losses, trajectories and samples, each process its own share; and a run may
-continue with another number of them. torchrun starts them, on the CPU, where they talk through gloo."""
+"""Two processes do what one does: the same losses, trajectories and samples, each process its own
+share; and a training may continue with another number of them. torchrun starts them, on the CPU,
+where they talk through gloo."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,89 +12,158 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_commands import make_teacher, run
 
-import data
+import distill
+import gan
+import sample
+import training
+from tiny import write_images, write_teacher
 
-ROOT = Path(data.__file__).parent
+ROOT = Path(training.__file__).resolve().parent
 
 TOY = """
-import os, sys
+import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
-from training import command, rank, train, world
+import training
+from command_line import run_program
+from config import ClassifierRecord, DataConfig, Training
+from machine import Runtime, rank, world_size
 
-def batch_of(step):
-    if step == int(sys.argv[2]):
+def batch_at(iteration):
+    if iteration == int(sys.argv[2]):
         raise RuntimeError("the power went")
-    return torch.randn(8, 3, generator=torch.Generator().manual_seed(step)),
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(iteration)),
 
-def loss(model, x):
-    assert len(x) == 8 // world() // 2  # its share of the batch, half at a time
+def loss_of(model, x):
+    assert len(x) == 8 // world_size() // 2  # its share of the batch, half at a time
     return 10 * (model(x) - x.sum(1, keepdim=True)).square().mean()
 
 def main():
     torch.manual_seed(rank())  # the processes must agree on the weights of the first
-    train("toy", torch.nn.Linear(3, 1), batch_of, loss, Path(sys.argv[1]), dict(kind="toy"), iterations=12, batch=8,
-          lr=0.1, accumulate=2, save_seconds=-1, log_every=5)
+    training.LOG_EVERY = 5
+    settings = Training(iterations=12, batch=8, lr=0.1, ema_decay=0.9)
+    record = ClassifierRecord(DataConfig("toy", 1, 3), ("a",), 1, settings)
+    runtime = Runtime(torch.device("cpu"), accumulate=2)
+    model, file = torch.nn.Linear(3, 1), Path(sys.argv[1])
+    training.train(
+        "classifier", model, loss_of, batch_at, file, record, runtime, save_seconds=-1
+    )
 
-command(main)
+run_program(main)
+"""
+
+PROGRAMS = """
+import json, sys
+import distill, evaluate, gan, sample
+from command_line import run_program
+
+def main():
+    evaluate.REPORT_IMAGES, gan.report = 16, lambda *words: None
+    for words in json.loads(sys.argv[1]):
+        sys.argv = list(map(str, words))
+        {"distill.py": distill, "gan.py": gan, "sample.py": sample}[words[0]].main()
+
+run_program(main)
 """
 
 
-def torchrun(folder, processes, script, *words, fails=False):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *start, script, *map(str, words)], cwd=folder, env=environment,
-                          capture_output=True, text=True, timeout=170)
+def in_this_process(monkeypatch, script, *words):
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, words)])
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def in_two_processes(folder, script, *words, fails=False):
+    start = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
+    done = subprocess.run(
+        [sys.executable, *start, script, *map(str, words)],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert (done.returncode != 0) == fails, done.stderr
     return done.stdout
 
 
-def test_two_processes_train_as_one_and_one_continues_for_two(tmp_path):
-    script = tmp_path / "toy.py"
+def read(file):
+    return torch.load(file, weights_only=True)
+
+
+def test_one_process_continues_what_two_began(tmp_path, monkeypatch):
+    """The two trained as one: the end is that of a training by one process alone."""
+    monkeypatch.setattr(training, "LOG_EVERY", training.LOG_EVERY)  # put back what TOY changes
+    script, cut, whole = (tmp_path / name for name in ("toy.py", "cut.pt", "whole.pt"))
     script.write_text(TOY)
-    torchrun(tmp_path, 1, script, "one.pt", -1)
-    torchrun(tmp_path, 2, script, "two.pt", -1)
-    torchrun(tmp_path, 2, script, "cut.pt", 7, fails=True)
-    assert torch.load(tmp_path / "cut.pt", weights_only=True)["step"] == 7
-    torchrun(tmp_path, 1, script, "cut.pt", -1)
-    one, *others = (torch.load(tmp_path / name, weights_only=True) for name in ("one.pt", "two.pt", "cut.pt"))
-    assert [step for step, _ in one["losses"]] == [5, 10, 12] and one["losses"][-1][1] < one["losses"][0][1]
-    for other in others:
-        for (_, a), (_, b) in zip(one["losses"], other["losses"], strict=True):
-            assert a == pytest.approx(b, rel=1e-5)
-        torch.testing.assert_close(other["ema"], one["ema"], rtol=1e-5, atol=1e-6)
+    in_two_processes(tmp_path, script, cut, 7, fails=True)
+    assert read(cut)["iteration"] == 7
+    in_this_process(monkeypatch, script, cut, -1)
+    in_this_process(monkeypatch, script, whole, -1)
+    found, expected = read(cut), read(whole)
+    assert [iteration for iteration, _ in expected["losses"]] == [5, 10, 12]
+    assert expected["losses"][-1][1] < expected["losses"][0][1]
+    losses = torch.tensor(found["losses"]), torch.tensor(expected["losses"])
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found["ema"], expected["ema"], rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_distil_and_sample_as_one(tmp_path, monkeypatch):
-    make_teacher(tmp_path / "teacher.pt", seed=1)
-    monkeypatch.chdir(tmp_path)
-    words = "--teacher teacher.pt --count 512 --iterations 6 --batch 8 --no-bf16 --device cpu"
-    run(monkeypatch, f"distill.py {words} --trajectories t1 --out one")
-    said = torchrun(tmp_path, 2, ROOT / "distill.py", *words.split(), "--trajectories", "t2", "--out", "two")
-    assert said.count("distilling into 4 steps") == 1  # one of them speaks
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same commands by one process and by two: folders one/ and two/ with a student, its
+    trajectories, a second stage, and samples."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_images(folder / "images", each=10)
+    write_teacher(folder / "teacher.pt", source=folder / "images")
+    script = folder / "programs.py"
+    script.write_text(PROGRAMS)
+    cpu, student = ("--device", "cpu", "--no-bf16"), "one/student.pt"
+    for out in ("one", "two"):
+        train = ("--preset", "shapes", "--iterations", 6, "--batch", 16, "--teacher", "teacher.pt")
+        train += ("--trajectories", f"{out}/trajectories", *cpu)
+        distil = ("--count", 512, "--on-policy", 1, "--no-control", "--out", out)
+        refine = ("--from", student, "--hidden", 16, "--warmup", 2, "--out", f"{out}/gan")
+        sampling = (student, "--count", 20, "--batch", 4, "--npz", "--out", f"{out}/samples")
+        commands = [
+            ("distill.py", *distil, *train),
+            ("gan.py", *refine, *train),
+            ("sample.py", *sampling, *cpu),
+        ]
+        if out == "two":
+            said = in_two_processes(folder, script, json.dumps(commands))
+            assert said.count("distilling into 4 steps") == 1  # one of them speaks
+            return folder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for program in (distill, gan):
+                patch.setattr(program, "report", lambda *words: None)
+            for words, program in zip(commands, (distill, gan, sample), strict=True):
+                patch.setattr(sys, "argv", list(map(str, words)))
+                program.main()
+
+
+def test_two_processes_write_the_trajectories_that_one_writes(runs):
     for number in range(2):  # a shard each
-        ours, theirs = (np.load(tmp_path / folder / f"{number:05d}.npy") for folder in ("t1", "t2"))
-        assert (ours["label"] == theirs["label"]).all()
-        np.testing.assert_allclose(ours["states"].astype(float), theirs["states"].astype(float), atol=2e-3)
-    one, two = (json.loads((tmp_path / out / "result.json").read_text())["losses"] for out in ("one", "two"))
-    assert one[0][1] == pytest.approx(two[0][1], rel=1e-5)
+        shards = [np.load(runs / out / f"trajectories/{number:05d}.npy") for out in ("one", "two")]
+        one, two = shards
+        assert np.array_equal(one["label"], two["label"])
+        for name in ("x_T", "states", "x0"):
+            expected, found = one[name].astype(float), two[name].astype(float)
+            np.testing.assert_allclose(found, expected, atol=2e-3)
 
-    for name in ("ant", "bee", "cat"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            Image.effect_noise((8, 8), 40 + i).convert("RGB").save(tmp_path / "images" / name / f"{i}.png")
-    words = ("--from one/student.pt --teacher teacher.pt --trajectories t1 --count 512 --data images --iterations 6 "
-             "--batch 16 --alone 2 --hidden 16 --no-bf16 --device cpu")
-    run(monkeypatch, f"refine.py {words} --out three")
-    torchrun(tmp_path, 2, ROOT / "refine.py", *words.split(), "--out", "four")
-    three, four = (json.loads((tmp_path / out / "result.json").read_text())["losses"] for out in ("three", "four"))
-    assert len(three[0]) == 7 and three[0][4] > 0 and three[0][1:] == pytest.approx(four[0][1:], rel=1e-4)
 
-    words = "one/student.pt --count 20 --batch 4 --npz --device cpu"
-    run(monkeypatch, f"sample.py {words} --out s1")
-    torchrun(tmp_path, 2, ROOT / "sample.py", *words.split(), "--out", "s2")
-    a, b = (np.load(tmp_path / out / "samples.npz")["arr_0"].astype(int) for out in ("s1", "s2"))
+@pytest.mark.parametrize("file, values", [("student.pt", 1), ("gan/student.pt", 5)])
+def test_two_processes_have_the_losses_of_one(runs, file, values):
+    [one], [two] = (read(runs / out / file)["losses"] for out in ("one", "two"))
+    assert one[0] == 6 and len(one) == 1 + values
+    assert two == pytest.approx(one, rel=1e-3)
+    if values == 5:
+        _, _, _, weight, _, _ = one
+        assert weight > 0  # λ
+
+
+def test_two_processes_sample_the_images_of_one(runs):
+    files = [runs / out / "samples/samples.npz" for out in ("one", "two")]
+    a, b = (np.load(file)["arr_0"].astype(int) for file in files)
     assert a.shape == (20, 8, 8, 3) and a.std() > 10 and abs(a - b).max() <= 1

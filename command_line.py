@@ -1,0 +1,113 @@
+"""What the command lines of all programs have in common: how they start and end, and their
+flags."""
+
+import argparse
+import os
+import sys
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from files import UserError, export_file
+from machine import add_machine_flags, rank, wait_for_all, world_size
+
+
+def run_program(main):
+    """Run a script's main(), under torchrun as one of several processes. A UserError or Ctrl-C
+    ends it with one line and without a traceback; the exit status is 1 or 130."""
+    try:
+        if world_size() > 1:
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+            sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")
+        main()
+        if world_size() > 1:
+            wait_for_all()
+            dist.destroy_process_group()
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder without write permission
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt as interrupt:
+        print(f"\nstopped. {interrupt}".rstrip(), file=sys.stderr)
+        sys.exit(130)
+
+
+def make_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser whose help is the first paragraph of a script's docstring and its examples."""
+    first, *others = docstring.split("\n\n")
+    examples = [paragraph for paragraph in others if "    python " in paragraph]
+    return argparse.ArgumentParser(
+        usage="python %(prog)s [flags]",
+        description="\n\n".join([first, *examples]),
+        formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=30, width=100
+        ),
+    )
+
+
+# ---- Types for argparse --------------------------------------------------------------------------
+
+
+def number(kind: type, least, most=None):
+    """An int or a float from `least` on, up to `most` where that is given."""
+    name = "whole number" if kind is int else "number"
+    limits = f"from {least} up" if most is None else f"from {least} to {most}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= (2**31 - 1 if most is None else most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+non_negative_int = number(int, 0)
+non_negative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def worker(text: str) -> tuple[int, int]:
+    """"2/8" -> (1, 8): the second of eight workers, counted from 0."""
+    i, _, k = text.partition("/")
+    if not (i.isdecimal() and k.isdecimal() and 1 <= int(i) <= int(k)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/K, such as 2/8: the second of eight")
+    return int(i) - 1, int(k)
+
+
+# ---- Groups of flags -----------------------------------------------------------------------------
+
+
+def add_training_flags(parser):
+    """The flags of every training. Those with a preset's value have no default here."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--iterations", type=positive_int, help="training steps")
+    add("--batch", type=positive_int, help="samples in a training step")
+    add("--lr", type=non_negative, help="highest learning rate")
+    add("--ema-decay", type=fraction, help="of the moving average of the weights")
+    add("--seed", type=non_negative_int, help="of the training's random numbers (default: 0)")
+    add(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="recompute activations in the backward pass, which saves memory",
+    )
+    add("--accumulate", type=positive_int, metavar="K", help="split a batch into K micro-batches")
+    add("--compile", action="store_true", help="torch.compile: starts slowly, then trains faster")
+    add("--export", type=export_file, metavar="FILE", help="also write the result, in float16")
+    add_machine_flags(parser)
+
+
+def add_worker_flag(parser):
+    parser.add_argument(
+        "--worker",
+        type=worker,
+        default=(0, 1),
+        metavar="I/K",
+        help="do the I-th of K parts of the work, into a folder that all share (default: 1/1)",
+    )

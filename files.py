@@ -1,0 +1,184 @@
+"""Files: written whole or not at all, checkpoints, and messages for what a user can put right.
+
+A checkpoint is one file, a dict:
+
+    kind         "teacher", "student" or "classifier"
+    record       what it is and how it came to be: a dataclass of config.py, as a dict
+    ema          the averaged weights, which is what one uses
+    ...          and, so that a training can be continued, what training.py adds
+
+It is read with `weights_only=True`, so that a file from elsewhere can run no code.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import secrets
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from config import ClassifierRecord, StudentRecord, TeacherRecord, from_dict
+
+RECORDS = {"teacher": TeacherRecord, "student": StudentRecord, "classifier": ClassifierRecord}
+
+
+class UserError(Exception):
+    """Something the user can put right; the message says what is wrong and what to do."""
+
+
+# ---- 1. Files and folders ------------------------------------------------------------------------
+
+
+def output_folder(path: str | Path) -> Path:
+    """Make a folder and its parents. Raises UserError where a file stands in its place."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            f"{path} cannot be a folder: it, or a part of its path, is a file. Choose another one"
+        ) from None
+    return path
+
+
+def output_file(path: str | Path) -> Path:
+    """The path of a file that will be written, its folder made. Raises UserError where a folder has
+    that name."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a file to write to: choose another name")
+    output_folder(path.parent)
+    return path
+
+
+def replace_file(path: str | Path, write):
+    """Call write(file) on a temporary file beside `path`, then rename it: a reader sees the old
+    file or the whole new one. Temporary files that killed writers left ten minutes ago are
+    removed."""
+    path = output_file(path)
+    for leftover in path.parent.glob(f".{path.name}.*.part"):
+        with suppress(FileNotFoundError):
+            if time.time() - leftover.stat().st_mtime > 600:
+                leftover.unlink()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:
+        # torch.save hides a full disk, or Ctrl-C, behind an error of its own.
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_json(path: str | Path, content):
+    text = json.dumps(content, indent=1) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
+
+
+def first_difference(there: dict, here: dict) -> str:
+    """Where two nested dicts differ first, in words."""
+    key = next(k for k in here | there if there.get(k, "absent") != here.get(k, "absent"))
+    a, b = there.get(key, "absent"), here.get(key, "absent")
+    if isinstance(a, dict) and isinstance(b, dict):
+        return first_difference(a, b)
+    return f"{key} is {str(a)[:100]} there and {str(b)[:100]} here"
+
+
+def optional_import(name: str):
+    """A module of a package that only some programs need. Raises UserError where it is missing."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        missing = error.name or name  # maybe a package that the wanted one needs
+        package = missing.partition(".")[0].replace("_", "-")
+        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+        raise UserError(
+            f"this needs the package {package}{reason}: pip install -r requirements-imagenet.txt"
+        ) from None
+
+
+# ---- 2. Checkpoints ------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What a file holds, whoever wrote it. Raises UserError where it cannot be read."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such checkpoint: {path}")
+    with open(path, "rb") as file:  # a file, not its name: torch.load would go by the suffix
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in public training files
+                content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file makes torch.load raise all sorts of exceptions
+            raise UserError(f"{path} cannot be read: it is no checkpoint, or is damaged") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def load_checkpoint(path: str | Path, *kinds: str) -> dict:
+    """A checkpoint of this project of one of these kinds, with its "record" as a dataclass. Raises
+    UserError for anything else."""
+    content = read_checkpoint(path)
+    return check_checkpoint(content, path, *kinds)
+
+
+def check_checkpoint(content: dict, path, *kinds: str) -> dict:
+    kind = content.get("kind")
+    if kind not in RECORDS or not {"record", "ema"} <= content.keys():
+        raise UserError(f"{path} is not a checkpoint of this project: it has no 'kind' or 'record'")
+    if kind not in kinds:
+        raise UserError(f"{path} holds a {kind}, and a {' or '.join(kinds)} is needed")
+    try:
+        return content | dict(record=from_dict(RECORDS[kind], content["record"]))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} describes no {kind} that is known here: {error}") from None
+
+
+def load_weights(module: torch.nn.Module, weights: dict, path):
+    """Load strictly. Raises UserError that names the first difference."""
+    try:
+        module.load_state_dict(weights, strict=True)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        lines = str(error).splitlines()
+        reason = lines[min(1, len(lines) - 1)].strip()[:200]
+        raise UserError(f"{path} holds the weights of another network: {reason}") from None
+
+
+def export_file(path: str | Path) -> Path:
+    """The path for an exported network. Raises UserError where that would overwrite a training."""
+    path = output_file(path)
+    content = {}
+    with suppress(UserError):  # nothing is there, or another file
+        content = read_checkpoint(path)
+    if "optimizer" in content:
+        raise UserError(f"{path} holds a training: export to another file")
+    return path
+
+
+def export(path: str | Path, kind: str, record: dict, weights: dict):
+    """Write a checkpoint for use only: the weights in float16, no optimizer state."""
+    half = {name: weight.half() for name, weight in weights.items()}
+    content = dict(kind=kind, record=record, ema=half)
+    replace_file(export_file(path), lambda file: torch.save(content, file))
+    print(f"wrote {path}")
+
+
+def fingerprint(weights: dict) -> str:
+    """16 hexadecimal digits that tell these weights from others."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        values = weights[name].detach().float().cpu().contiguous()
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,182 @@
+"""Devices, precision, several processes, and progress lines: what depends on the machine.
+
+A program is one process, or one of several that `torchrun` has started. Then each works on its
+share, rank 0 alone prints and writes checkpoints, and the losses are those of one process.
+"""
+
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from files import UserError
+
+# ---- 1. Devices and precision --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a program runs. It changes results by rounding only."""
+
+    device: torch.device
+    bf16: bool = False  # matrix products in bfloat16, over float32 weights
+    checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    accumulate: int = 1  # micro-batches of a batch, to save memory
+    compile: bool = False  # torch.compile the layers in training
+
+    def autocast(self):
+        """The context in which networks run: matrix products in bfloat16, where that was chosen."""
+        # No cache: a bfloat16 copy of a weight that was made under no_grad would get no gradient.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False
+        )
+
+    @property
+    def precision(self) -> str:
+        return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def samples_at_once(self) -> int:
+        """Samples to compute together without gradients: a CPU's cache holds few, a GPU wants
+        many."""
+        return 32 if self.device.type == "cpu" else 256
+
+
+def add_machine_flags(parser):
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", default="auto", help="auto, cuda, mps or cpu (default: auto)"
+    )
+    group.add_argument(
+        "--bf16",
+        action=argparse.BooleanOptionalAction,
+        help="matrix products in bfloat16 where the hardware has it (default: in training, as the "
+        "preset says; elsewhere, no)",
+    )
+
+
+def runtime_from(flags, bf16=False, checkpointing=False) -> Runtime:
+    """The Runtime that the flags of a program describe; `bf16` and `checkpointing` are defaults. A
+    machine without bfloat16 uses float32. Raises UserError where the device is not there."""
+    device = pick_device(flags.device)
+    bf16 = bf16 if flags.bf16 is None else flags.bf16
+    chosen = {k: getattr(flags, k) for k in ("accumulate", "compile") if getattr(flags, k, None)}
+    if getattr(flags, "checkpointing", None) is not None:
+        checkpointing = flags.checkpointing
+    return Runtime(device, bf16 and has_bf16(device), checkpointing, **chosen)
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Raises UserError where the named device is not there. On CUDA, float32 products use TF32."""
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+    if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
+        raise UserError(f"no device is called {name!r}: use auto, cuda, mps or cpu")
+    if not has[name.partition(":")[0]]:
+        raise UserError(f"this machine, or this PyTorch, has no {name} device: use --device auto")
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(f"there is no {name}: the GPUs number {torch.cuda.device_count()}")
+        torch.cuda.set_device(device.index or 0)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return device
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 natively. Others are slower in it than in
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def synchronise(device: torch.device):
+    """Wait for the device, before a clock is read."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+# ---- 2. Several processes ------------------------------------------------------------------------
+
+
+def rank() -> int:
+    """The number of this process; torchrun sets it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_reduce(tensor, op="SUM"):
+    """The "SUM" or "MAX" over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, getattr(dist.ReduceOp, op))
+    return tensor
+
+
+def wait_for_all():
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather(items: list) -> list:
+    """The items of all processes on rank 0, in the order of ranks; nothing on the others."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(items, lists)
+    return [item for part in lists or [] for item in part]
+
+
+# ---- 3. Progress ---------------------------------------------------------------------------------
+
+
+class Progress:
+    """Iterate with a line that says how far the work is, how fast, and how long it will take.
+
+    `start` items were done before, by a run that is continued. The rate counts `unit`s: an item has
+    `size` of them, and all items together `amount`, where the last item is smaller. `note` is shown
+    behind the rate. What takes under two seconds prints nothing."""
+
+    def __init__(self, title, items, total=None, start=0, unit="items", size=1, amount=None):
+        self.title, self.items, self.unit, self.size = title, items, unit, size
+        self.start = start
+        self.total = start + len(items) if total is None else total
+        self.amount = self.total * size if amount is None else amount
+        self.note = ""
+
+    def __iter__(self):
+        live = sys.stderr.isatty()
+        pause = 0.5 if live else 15  # seconds between two lines
+        began, shown = time.time(), 0.0
+        for done, item in enumerate(self.items, start=self.start + 1):
+            yield item
+            now = time.time()
+            is_last = done == self.total
+            if rank() == 0 and now - began > 2 and (is_last or now - shown > pause):
+                self.show(done, now - began, live)
+                shown = now
+
+    def show(self, done: int, seconds: float, live: bool):
+        made = min(done * self.size, self.amount) - self.start * self.size
+        left = math.ceil(seconds * (self.total - done) / (done - self.start))
+        when = f"ETA {left // 60}:{left % 60:02}" if left else f"took {seconds:.0f} s"
+        rate = f"{made / seconds:,.1f} {self.unit}/s"
+        line = f"{self.title}: {done:,}/{self.total:,}  {rate}  {when}  {self.note}"
+        if live:  # write over the last line
+            end = "\033[K" if left else "\033[K\n"
+            print("\r" + line, end=end, file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)

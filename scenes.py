@@ -1,0 +1,323 @@
+"""Scenes: small pictures with captions, for text-to-image in miniature.
+
+A scene shows one to three objects of 6 colours × 5 shapes on a dark ground, and its caption names
+them:
+
+    one         a red star
+    two         a red star and a blue ring
+    relation    a red star left of a blue ring      a red star above a blue ring
+    count       two green discs                     three green discs
+
+What makes them useful is that they can be *read back without a learned network*: objects are
+separate, their colours are those of a palette, and their shapes are the renderer's own. So how
+well a generated image follows its caption can be scored exactly (`read_scene`, `score`), in the
+categories of T2I-CompBench (arXiv 2307.06350): attribute binding, spatial relation, number.
+
+A fifth of the colour–shape pairs never occur in training captions (`HELD_OUT`): do networks that
+have seen red stars and blue rings draw a blue star?
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 32  # pixels a side
+GROUND = (18, 18, 24)
+COLOURS = {
+    "red": (235, 60, 50),
+    "green": (60, 200, 70),
+    "blue": (70, 100, 255),
+    "yellow": (245, 215, 60),
+    "cyan": (60, 215, 225),
+    "magenta": (220, 70, 215),
+}
+SHAPES = ("disc", "ring", "square", "triangle", "star")
+NUMBERS = {2: "two", 3: "three"}
+CATEGORIES = ("one", "two", "relation", "count")
+HELD_OUT = tuple(zip(COLOURS, SHAPES + SHAPES[:1], strict=True))  # red disc, green ring, …
+RADII = (4.25, 5.25)  # of the circle in which a shape is drawn, pixels
+GAP = 2.5  # pixels between two objects, at least
+
+SUPERSAMPLING = 8
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene; x and y: its centre, in pixels from the upper left corner."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+# ---- 1. Drawing ----------------------------------------------------------------------------------
+
+
+def outline(shape: str) -> list[tuple[float, float]]:
+    """The corners of a polygon in the unit circle."""
+    def corners(radii, start):
+        angles = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+        return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+
+    up = -math.pi / 2
+    if shape == "square":
+        return corners([1] * 4, start=-math.pi / 4)
+    if shape == "triangle":
+        return corners([1] * 3, start=up)
+    return corners([1, 0.38] * 5, start=up)  # star
+
+
+def draw_cover(shape: str, x: float, y: float, radius: float, size: int = SIZE) -> np.ndarray:
+    """The fraction of each pixel that a shape covers, (size, size): drawn large and averaged
+    down."""
+    k = SUPERSAMPLING
+    canvas = Image.new("L", (size * k, size * k))
+    pen = ImageDraw.Draw(canvas)
+
+    def ellipse(r, fill):
+        pen.ellipse([k * (x - r), k * (y - r), k * (x + r), k * (y + r)], fill=fill)
+
+    if shape in ("disc", "ring"):
+        ellipse(radius, fill=255)
+        if shape == "ring":
+            ellipse(0.55 * radius, fill=0)
+    else:
+        points = [(k * (x + radius * u), k * (y + radius * v)) for u, v in outline(shape)]
+        pen.polygon(points, fill=255)
+    return np.asarray(canvas.reduce(k), dtype=np.float32) / 255
+
+
+def draw_scene(things: list[Thing]) -> np.ndarray:
+    """A picture, (3, SIZE, SIZE), uint8."""
+    picture = np.zeros((3, SIZE, SIZE), np.float32) + np.array(GROUND)[:, None, None]
+    for thing in things:
+        cover = draw_cover(thing.shape, thing.x, thing.y, thing.radius)
+        ink = np.array(COLOURS[thing.colour])[:, None, None]
+        picture += cover * (ink - picture)
+    return np.round(picture).astype(np.uint8)
+
+
+# ---- 2. Captions and their scenes ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a caption says: its things as (colour, shape), and how they relate."""
+
+    category: str  # one of CATEGORIES
+    things: tuple[tuple[str, str], ...]
+    relation: str = ""  # "left of" or "above"
+
+    def __str__(self):
+        colour, shape = self.things[0]
+        if self.category == "count":
+            return f"{NUMBERS[len(self.things)]} {colour} {shape}s"
+        named = [f"a {colour} {shape}" for colour, shape in self.things]
+        joint = {"two": " and ", "relation": f" {self.relation} "}.get(self.category, "")
+        return joint.join(named)
+
+    @property
+    def is_held_out(self) -> bool:
+        return any(thing in HELD_OUT for thing in self.things)
+
+
+def parse_caption(text: str) -> Caption | None:
+    """The Caption that has this text, or None where no caption has."""
+    return all_captions().get(text)
+
+
+@lru_cache(maxsize=1)
+def all_captions() -> dict[str, Caption]:
+    """Every caption, by its text."""
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    captions = [Caption("one", (pair,)) for pair in pairs]
+    for number in NUMBERS:
+        captions += [Caption("count", (pair,) * number) for pair in pairs]
+    for first in pairs:
+        for second in pairs:
+            if first != second:
+                captions.append(Caption("two", (first, second)))
+                captions.append(Caption("relation", (first, second), "left of"))
+                captions.append(Caption("relation", (first, second), "above"))
+    return {str(caption): caption for caption in captions}
+
+
+def draw_caption(rng: np.random.Generator, held_out: bool = False) -> Caption:
+    """A random caption, all categories equally often; `held_out`: one that names a held-out
+    pair."""
+    while True:
+        category = CATEGORIES[rng.integers(len(CATEGORIES))]
+        caption = _draw_caption(category, rng)
+        if caption.is_held_out == held_out:
+            return caption
+
+
+def _draw_caption(category: str, rng: np.random.Generator) -> Caption:
+    def pair():
+        return list(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
+
+    if category == "one":
+        return Caption(category, (pair(),))
+    if category == "count":
+        return Caption(category, (pair(),) * int(rng.integers(2, 4)))
+    first, second = pair(), pair()
+    while second == first:
+        second = pair()
+    relation = ("left of", "above")[rng.integers(2)] if category == "relation" else ""
+    return Caption(category, (first, second), relation)
+
+
+def place(caption: Caption, rng: np.random.Generator) -> list[Thing]:
+    """Random places and sizes for the things of a caption, apart from one another and as it
+    says."""
+    while True:
+        things = []
+        for colour, shape in caption.things:
+            radius = rng.uniform(*RADII)
+            x, y = rng.uniform(radius + 0.5, SIZE - radius - 0.5, size=2)
+            things.append(Thing(colour, shape, float(x), float(y), float(radius)))
+        if are_apart(things) and fulfils(caption.relation, things, margin=1.0):
+            return things
+
+
+def are_apart(things: list[Thing]) -> bool:
+    for i, a in enumerate(things):
+        for b in things[:i]:
+            if math.hypot(a.x - b.x, a.y - b.y) < a.radius + b.radius + GAP:
+                return False
+    return True
+
+
+def fulfils(relation: str, things: list[Thing], margin: float = 0.0) -> bool:
+    """Whether the first thing is left of, or above, the second: further in that direction than in
+    the other, by more than a margin in pixels."""
+    if not relation:
+        return True
+    a, b = things[:2]
+    dx, dy = b.x - a.x, b.y - a.y
+    along, across = (dx, dy) if relation == "left of" else (dy, dx)
+    return along > abs(across) + margin
+
+
+# ---- 3. Reading a scene back ---------------------------------------------------------------------
+
+WINDOW = 16  # pixels a side of the window in which a shape is recognised
+
+
+@lru_cache(maxsize=1)
+def templates() -> tuple[np.ndarray, list[tuple[str, float, float, float]]]:
+    """Covers of every shape at many sizes and sub-pixel places, (m, WINDOW²), and what they are:
+    (shape, x, y, radius), in the window."""
+    covers, names = [], []
+    for shape in SHAPES:
+        for radius in np.arange(3.75, 6.0, 0.25):
+            for dx in np.arange(-1.25, 1.5, 0.25):
+                for dy in np.arange(-1.25, 1.5, 0.25):
+                    x, y = WINDOW / 2 + dx, WINDOW / 2 + dy
+                    covers.append(draw_cover(shape, x, y, radius, size=WINDOW).ravel())
+                    names.append((shape, x, y, radius))
+    return np.stack(covers), names
+
+
+def connected_components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 8-connected regions of a boolean image, each as a boolean image."""
+    left = mask.copy()
+    regions = []
+    while left.any():
+        region = np.zeros_like(mask)
+        region[np.unravel_index(left.argmax(), left.shape)] = True
+        grown = dilate(region) & left
+        while grown.sum() > region.sum():
+            region = grown
+            grown = dilate(region) & left
+        regions.append(region)
+        left &= ~region
+    return regions
+
+
+def dilate(mask: np.ndarray) -> np.ndarray:
+    """Every pixel that is set, or that touches one that is."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2] | padded[1:-1] | padded[2:]
+    return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+
+
+def read_scene(image: np.ndarray) -> list[Thing]:
+    """The things in a picture (3, SIZE, SIZE), uint8. Regions that are brighter than the ground are
+    things; their colour is the nearest of the palette, their shape the template with the largest
+    overlap (intersection over union of covers). A region that resembles no shape is not a thing."""
+    brightness = image.max(axis=0).astype(np.float32)
+    things = []
+    for region in connected_components(brightness > 70):
+        if region.sum() < 9:  # pixels: noise
+            things.append(None)
+            continue
+        things.append(read_thing(image, dilate(region)))
+    return [thing for thing in things if thing is not None]
+
+
+def read_thing(image: np.ndarray, region: np.ndarray) -> Thing | None:
+    colour = nearest_colour(image[:, region])
+    ground, ink = np.array(GROUND, np.float32), np.array(COLOURS[colour], np.float32)
+    direction = (ink - ground) / np.square(ink - ground).sum()
+    cover = np.einsum("c, c h w -> h w", direction, image - ground[:, None, None])
+    cover = cover.clip(0, 1) * region
+    ys, xs = np.nonzero(region)
+    top = (ys.min() + ys.max() + 1) // 2 - WINDOW // 2
+    left = (xs.min() + xs.max() + 1) // 2 - WINDOW // 2
+    padded = np.pad(cover, WINDOW)
+    window = padded[top + WINDOW : top + 2 * WINDOW, left + WINDOW : left + 2 * WINDOW].ravel()
+    covers, names = templates()
+    overlap = np.minimum(covers, window).sum(1) / np.maximum(covers, window).sum(1)
+    best = overlap.argmax()
+    if overlap[best] < 0.7:
+        return None
+    shape, x, y, radius = names[best]
+    return Thing(colour, shape, left + x, top + y, float(radius))
+
+
+def nearest_colour(pixels: np.ndarray) -> str:
+    """The palette's colour of some pixels (3, m), which mix it with the ground: that whose
+    direction from the ground is nearest to the direction of their mean."""
+    ground = np.array(GROUND, np.float32)
+    mean = pixels.mean(axis=1) - ground
+    cosines = {}
+    for name, ink in COLOURS.items():
+        direction = np.array(ink, np.float32) - ground
+        cosines[name] = direction @ mean / np.linalg.norm(direction)
+    return max(cosines, key=cosines.get)
+
+
+# ---- 4. Scoring ----------------------------------------------------------------------------------
+
+
+def score(caption: Caption, things: list[Thing]) -> dict[str, float]:
+    """How well the things of an image fulfil a caption, each 0 or 1:
+
+    binding     every thing that the caption names is there, with its colour and its shape
+    count       there are as many things as it names
+    relation    the named things are there and stand as it says (captions with a relation only)
+    all         all of these
+    """
+    found = [(thing.colour, thing.shape) for thing in things]
+    binding = all(found.count(pair) >= caption.things.count(pair) for pair in caption.things)
+    scores = dict(binding=float(binding), count=float(len(things) == len(caption.things)))
+    if caption.relation:
+        scores["relation"] = float(binding and relation_holds(caption, things))
+    return scores | dict(all=min(scores.values()))
+
+
+def relation_holds(caption: Caption, things: list[Thing]) -> bool:
+    """Whether some pair of the named things stands as the caption says."""
+    first, second = caption.things
+    for a in things:
+        for b in things:
+            named = (a.colour, a.shape) == first and (b.colour, b.shape) == second
+            if named and fulfils(caption.relation, [a, b]):
+                return True
+    return False

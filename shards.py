@@ -1,0 +1,163 @@
+"""Folders of shards on disk: for trajectories and latents, which may not fit into memory.
+
+    meta.json     what the records in this folder are, and what they depend on
+    00000.npy     a shard: the first SHARD records, as columns, such as label (n,) and x_T (n, …)
+    00001.npy     the next SHARD records
+    …
+
+A shard is written whole or not at all. What it holds depends only on the meta, on its number and,
+for latents, on the images. So a writer that was stopped can continue, and several processes and
+machines can write into one folder. Shards are memory-mapped when they are read. """
+
+import io
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from files import UserError, first_difference, output_folder, replace_file, save_json
+from machine import rank, wait_for_all, world_size
+
+SHARD = 256  # records
+OPEN_FILES = 256  # a large folder has more shards than a process may open
+
+# ---- 1. One shard --------------------------------------------------------------------------------
+
+
+def shard_dtype(record: np.dtype, count: int) -> np.dtype:
+    """The dtype of a shard of `count` records: each field of a record becomes a column."""
+    columns = []
+    for name in record.names:
+        field = record[name]
+        columns.append((name, field.base, (count, *field.shape)))
+    return np.dtype(columns)
+
+
+def shard_file(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"{number:05d}.npy"
+
+
+def open_shard(file: Path, record: np.dtype):
+    """A memory-mapped shard, in which shard["label"] is the column of labels. None where the file
+    is missing, damaged, cut short, or something else."""
+    try:
+        shard = np.load(file, mmap_mode="r")
+        count = shard.dtype.itemsize // record.itemsize
+        is_whole = file.stat().st_size == shard.offset + shard.nbytes
+    except FileNotFoundError:
+        return None
+    except OSError:  # such as a missing permission: writing the shard again would not help
+        raise
+    except Exception:  # a damaged header makes np.load raise all sorts of exceptions
+        return None
+    is_ours = shard.shape == () and shard.dtype == shard_dtype(record, count)
+    return np.asarray(shard) if is_ours and is_whole else None
+
+
+def write_shard(folder: Path, number: int, record: np.dtype, **columns):
+    """Write those columns that a record has: arrays or CPU tensors, whose first axis is the
+    record."""
+    shard = np.zeros((), shard_dtype(record, len(columns["label"])))
+    for name in record.names:
+        shard[name] = columns[name]
+    # First into memory: when numpy writes into a file, it does not say that the disk is full.
+    content = io.BytesIO()
+    np.save(content, shard)
+    replace_file(shard_file(folder, number), lambda file: file.write(content.getbuffer()))
+
+
+# ---- 2. Writing a folder -------------------------------------------------------------------------
+
+
+def read_json(file: Path) -> dict | None:
+    """The dict in a JSON file, or None where there is no such file. Raises UserError where the file
+    is damaged, or is none of ours."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError):
+        raise UserError(
+            f"{file} is damaged, or was written by another program: choose another folder, or "
+            "remove this one"
+        ) from None
+
+
+def read_meta(folder: str | Path) -> dict | None:
+    """What meta.json says of a folder of shards; None where there is none."""
+    return read_json(Path(folder) / "meta.json")
+
+
+def start_shards(
+    folder: Path,
+    meta: dict,
+    record: np.dtype,
+    count: int,
+    worker: tuple[int, int] = (0, 1),
+) -> list[int]:
+    """Make a folder for `count` shards, or check that it was made with the same meta. Returns the
+    numbers of those shards that this process has to write.
+
+    Of k workers, the i-th, `worker` = (i, k) from (0, k) on, writes every k-th shard. The processes
+    of torchrun share what that leaves. Raises UserError where the folder holds something else."""
+    folder = output_folder(folder)
+    meta = json.loads(json.dumps(meta))  # tuples become lists, as in the file
+    there = read_meta(folder)
+    if there is None:
+        others = [file for file in folder.iterdir() if file.name[0] != "."]
+        if others and others != [folder / "meta.json"]:  # another worker may have written it now
+            raise UserError(f"{folder} holds other files: choose another folder")
+        save_json(folder / "meta.json", meta)
+    elif there != meta:
+        raise UserError(
+            f"{folder} was written for something else: {first_difference(there, meta)[:200]}. "
+            "Choose another folder, or remove that one"
+        )
+    missing = []
+    first, every = worker
+    for number in range(first, count, every):
+        file = shard_file(folder, number)
+        if open_shard(file, record) is None:
+            missing.append(number)
+            if file.exists():
+                print(f"{file} is damaged: writing it again")
+    if missing:
+        print(f"writing {len(missing):,} of {count:,} shards of {SHARD} records into {folder}")
+    wait_for_all()  # so that all processes have seen the same
+    return missing[rank() :: world_size()]
+
+
+# ---- 3. Reading a folder -------------------------------------------------------------------------
+
+
+class Shards:
+    """The records of the first `count` shards of a folder. Raises UserError where one is
+    missing."""
+
+    def __init__(self, folder: str | Path, record: np.dtype, count: int):
+        def open_number(number: int):
+            return open_shard(shard_file(folder, number), record)
+
+        self.open = lru_cache(OPEN_FILES)(open_number)
+        self.numbers = range(count)
+        lengths = []
+        for number in self.numbers:
+            shard = self.open(number)
+            if shard is None:
+                raise UserError(
+                    f"{shard_file(folder, number)} is missing or damaged: run the program that "
+                    "writes this folder to its end"
+                )
+            lengths.append(len(shard["label"]))
+        self.ends = np.cumsum(lengths)  # number of records up to the end of each shard
+
+    def column(self, name: str):
+        """A column of all shards, in memory."""
+        return np.concatenate([self.open(number)[name] for number in self.numbers])
+
+    def value(self, name: str, index: int):
+        """What a column holds of one record. It is read from the disk when it is used."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        column = self.open(number)[name]
+        return column[index - self.ends[number]]  # counted from the end of the shard

@@ -1,0 +1,112 @@
+"""Devices, precision and progress lines."""
+
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+import machine
+from files import UserError
+from machine import Progress, Runtime, pick_device, runtime_from
+from tiny import random_dit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def bf16_cpu(monkeypatch):
+    """A CPU that multiplies in bfloat16, as far as this project asks."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+
+
+def test_devices(monkeypatch):
+    assert torch.ones(2, device=pick_device("auto")).sum() == 2
+    assert pick_device("cpu") == CPU
+    with pytest.raises(UserError, match="no device is called 'abacus'"):
+        pick_device("abacus")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == CPU
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(UserError, match="device: use --device auto"):
+            pick_device(name)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="there is no cuda:1"):
+        pick_device("cuda:1")
+
+
+@pytest.mark.parametrize(
+    "flag, default, used", [(True, False, True), (False, True, False), (None, True, True)]
+)
+def test_a_flag_goes_before_the_presets_choice(bf16_cpu, flag, default, used):
+    flags = Namespace(device="cpu", bf16=flag, checkpointing=flag, accumulate=None, compile=False)
+    expected = Runtime(CPU, bf16=used, checkpointing=used)
+    assert runtime_from(flags, bf16=default, checkpointing=default) == expected
+
+
+def test_bfloat16_is_used_only_where_it_is_native(monkeypatch):
+    flags = Namespace(device="cpu", bf16=True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
+    assert runtime_from(flags).precision == "float32"
+
+
+def test_bfloat16_keeps_float32_weights_and_almost_the_gradient(bf16_cpu):
+    model = random_dit(history="causal", history_layers=1)
+    torch.manual_seed(0)
+    x, timesteps, y = torch.randn(4, 2, 3, 8, 8), torch.tensor([900.0, 400.0]), torch.arange(4)
+    gradients = []
+    for bf16 in (False, True):
+        model.zero_grad()
+        with Runtime(CPU, bf16).autocast():
+            output = model(x, timesteps, y)
+        assert output.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        output.float().square().mean().backward()
+        found = [weight.grad for weight in model.parameters() if weight.grad is not None]
+        assert all(gradient.dtype == torch.float32 for gradient in found)
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+    gap = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 0 < gap < 0.05  # bfloat16 keeps 8 bits
+
+
+def test_a_weight_used_without_and_then_with_gradient_gets_one_in_bfloat16(bf16_cpu):
+    """With autocast's cache, the bfloat16 copy made under no_grad would be used again."""
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with Runtime(CPU, bf16=True).autocast():
+        with torch.no_grad():
+            layer(x)
+        layer(x).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+def lines_of(progress, monkeypatch, capsys, seconds):
+    """What a progress prints where each item takes so long."""
+    now = [1000.0]
+    monkeypatch.setattr(machine.time, "time", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    for _ in progress:
+        now[0] += seconds
+    return capsys.readouterr().err.splitlines()
+
+
+def test_progress_says_how_far_how_fast_and_how_long(monkeypatch, capsys):
+    progress = Progress("drawing", range(60), start=40, unit="images", size=8)
+    lines = lines_of(progress, monkeypatch, capsys, seconds=10)
+    assert lines[0] == "drawing: 41/100  0.8 images/s  ETA 9:50  "
+    assert lines[-1] == "drawing: 100/100  0.8 images/s  took 600 s  "
+
+
+def test_the_last_item_may_be_smaller(monkeypatch, capsys):
+    progress = Progress("drawing", range(3), unit="images", size=256, amount=600)
+    assert "100.0 images/s" in lines_of(progress, monkeypatch, capsys, seconds=2)[-1]
+
+
+def test_short_work_prints_nothing(monkeypatch, capsys):
+    assert lines_of(Progress("drawing", range(10)), monkeypatch, capsys, seconds=0.1) == []
