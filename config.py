@@ -47,7 +47,7 @@ class ModelConfig:
 
     image_size: int  # pixels (or latents) a side
     channels: int
-    classes: int  # the null class of classifier-free guidance is one more
+    classes: int  # (or prompts); the null class of classifier-free guidance is one more
     patch: int  # pixels a side of a token
     width: int  # features of a token
     depth: int  # transformer layers
@@ -57,6 +57,7 @@ class ModelConfig:
     history_layers: int = 0  # in how many of the lowest layers: the paper's N
     noise_shortcut: bool = False  # x_T's tokens are added to those of later states (ours)
     output_layers: int = 1  # 1, or one for each of the student's steps
+    text_width: int = 0  # features of a word of the text that it reads; 0: it is given a class
 
     def __post_init__(self):
         if self.image_size % self.patch:
@@ -77,6 +78,10 @@ class ModelConfig:
     def tokens(self) -> int:
         """Tokens of one state: n."""
         return self.grid_size**2
+
+    @property
+    def reads_text(self) -> bool:
+        return self.text_width > 0
 
     @property
     def reads_history(self) -> bool:
@@ -119,7 +124,7 @@ class Student:
 
     ode: ODE  # that it has learned
     target_steps: tuple[int, ...]  # Euler steps that the teacher has taken at each of the S targets
-    trajectory: str  # the targets: "states" x_τ, or the teacher's clean predictions "x0"
+    targets: str  # "states" x_τ of the ODE, or the teacher's clean predictions "x0"
     output: str  # the network predicts the next "state" itself, or the "direction" of an Euler step
     timesteps: tuple[float, ...]  # given to the network as the times of the S states that it reads
 
@@ -163,7 +168,7 @@ class TrajectorySettings:
 @dataclass(frozen=True)
 class StudentSettings:
     steps: int  # S
-    trajectory: str  # see Student
+    targets: str  # see Student
     output: str  # see Student
     history_layers: int  # see ModelConfig
     history: str = "causal"
@@ -288,7 +293,7 @@ AUTHORS_TIMESTEPS = (999.0, 749.25, 499.5, 249.75)
 
 FLOW_24 = ODE(noise_path="flow", predicts="v", euler_steps=24)
 # What copies best: the states of the ODE, and a network that predicts the direction of a step.
-COPY = StudentSettings(steps=4, trajectory="states", output="direction", history_layers=3)
+COPY = StudentSettings(steps=4, targets="states", output="direction", history_layers=3)
 SMALL_GAN = GAN(discriminator_lr=3e-3, hidden=64, noise_level=0.02, weight=1.0, warmup=200)
 
 PRESETS = {
@@ -299,7 +304,7 @@ PRESETS = {
         teacher=Training(iterations=4000, batch=128, lr=2e-3, ema_decay=0.999),
         trajectories=TrajectorySettings(count=4096, kept_steps=(2, 8, 16, 24), keep="x0"),
         student=StudentSettings(
-            steps=4, trajectory="x0", output="state", history_layers=6, noise_shortcut=True
+            steps=4, targets="x0", output="state", history_layers=6, noise_shortcut=True
         ),
         distillation=Training(iterations=600, batch=32, lr=2e-3, ema_decay=0.99, on_policy=1.0),
     ),
@@ -331,7 +336,7 @@ PRESETS = {
         ode=FLOW_24,
         teacher=Training(iterations=4000, batch=512, lr=2e-3, ema_decay=0.995),
         trajectories=TrajectorySettings(count=16384, kept_steps=evenly(24, 8)),
-        student=StudentSettings(steps=4, trajectory="x0", output="state", history_layers=6),
+        student=StudentSettings(steps=4, targets="x0", output="state", history_layers=6),
         distillation=Training(iterations=2000, batch=256, lr=1e-3, ema_decay=0.995),
         bf16=False,
     ),
@@ -358,7 +363,7 @@ PRESETS = {
         ),
         student=StudentSettings(
             steps=4,
-            trajectory="x0",
+            targets="x0",
             output="state",
             history_layers=6,
             output_layer_per_step=True,

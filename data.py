@@ -38,7 +38,9 @@ from PIL import Image, ImageDraw, ImageOps
 from config import DataConfig, StudentRecord, TeacherRecord
 from files import UserError, replace_file
 from machine import Progress
+from scenes import caption_list, caption_weights, draw_scenes
 from shards import Shards, read_meta
+from text import scene_prompts
 
 EVALUATION_SEED = 2**34  # of noises for evaluation: larger than any seed of a training
 SAMPLING_SEED = 2**35  # the first seed of sample.py
@@ -98,6 +100,7 @@ class Dataset:
         self.classes = tuple(classes)
         self.flip = flip
         self.class_weights = class_weights
+        self.prompts = None  # where classes are captions: text.Prompts
         self.shape = tuple(images.shape[1:])
 
     def __len__(self):
@@ -276,7 +279,21 @@ def shapes(count: int, size: int = 16, seed: int = 0) -> Dataset:
     return Dataset(images, labels, SHAPES)
 
 
-# ---- 5. Points -----------------------------------------------------------------------------------
+# ---- 5. Scenes with captions ---------------------------------------------------------------------
+
+
+def captioned_scenes(count: int, seed: int = 0) -> Dataset:
+    """`count` scenes of scenes.py. Their classes are captions, and `prompts` holds these encoded."""
+    print(f"drawing {count:,} scenes")
+    images, labels = draw_scenes(count, seed)
+    weights = caption_weights(caption_list())
+    prompts = scene_prompts()
+    dataset = Dataset(images, labels, prompts.texts, class_weights=tuple(weights.tolist()))
+    dataset.prompts = prompts
+    return dataset
+
+
+# ---- 6. Points -----------------------------------------------------------------------------------
 
 
 def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
@@ -296,7 +313,7 @@ def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
     )
 
 
-# ---- 6. A folder of images -----------------------------------------------------------------------
+# ---- 7. A folder of images -----------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -476,7 +493,7 @@ def image_folder(config: DataConfig, split: str) -> Dataset:
     )
 
 
-# ---- 7. A folder of latents ----------------------------------------------------------------------
+# ---- 8. A folder of latents ----------------------------------------------------------------------
 
 
 def latent_dtype(shape) -> np.dtype:
@@ -514,7 +531,7 @@ def latent_folder(config: DataConfig, split: str, meta: dict) -> Dataset:
     )
 
 
-# ---- 8. Any of them ------------------------------------------------------------------------------
+# ---- 9. Any of them ------------------------------------------------------------------------------
 
 
 def load(
@@ -534,7 +551,7 @@ def load(
         raise UserError("this preset needs images: --data DIR, a folder with DIR/<class>/*.png")
     meta = read_meta(source) or {}
     is_latent = "vae" in meta
-    is_drawn = source in ("textures", "shapes", "points")
+    is_drawn = source in ("textures", "shapes", "points", "scenes")
     if config.flip and (is_drawn or is_latent):
         raise UserError(f"{source} cannot be mirrored, as folders of images can be: use --no-flip")
     count = count or (5_000 if split == "test" else 50_000)
@@ -545,6 +562,8 @@ def load(
         dataset = shapes(count, size, seed)
     elif source == "points":
         dataset = points(count, seed)
+    elif source == "scenes":
+        dataset = captioned_scenes(count, seed)
     elif is_latent:
         dataset = latent_folder(config, split, meta)
     else:
@@ -558,7 +577,7 @@ def load(
     return dataset
 
 
-# ---- 9. Pictures and files -----------------------------------------------------------------------
+# ---- 10. Pictures and files -----------------------------------------------------------------------
 
 
 def to_uint8(images):

@@ -1,48 +1,61 @@
 """AutoRegressive Distillation: the student's loss and training (CVPR 2025, arXiv 2504.11295).
 
-The teacher's ODE goes from noise x_T to an image in many small steps. The student makes the same
-way in S big ones. *Step distillation* trains it to map each state to the next,
+The teacher's ODE leads from noise x_T to an image in many small steps. The student covers the same
+way in S large steps. *Step distillation* trains it on the teacher's states, to map each of them to
+the next,
 
     x_{τ_s}  →  x_{τ_{s−1}},        s = S, …, 1
 
-on the teacher's states. When it samples, however, it is fed its own states. Each is a little wrong,
-the next one is predicted from it, and the errors add up: *exposure bias*. ARD therefore lets the
-student read the whole history,
+When it samples, however, it reads the states that it has made itself. Each of them is a little
+wrong, the next one is computed from it, and the errors add up. This is *exposure bias*. In ARD the
+student reads the whole history instead,
 
     x̂_{τ_{s−1}} = G_θ( x_{τ_S}, …, x_{τ_s}, s, y )                                (paper, Sec. 3.2)
 
-whose first entry x_{τ_S} = x_T is never wrong: it is the noise from which the teacher started too.
-So x_T determines the teacher's whole trajectory, whatever errors the student has made since.
+The first entry of the history is the noise x_T, which is never wrong. And x_T determines the whole
+trajectory, since the ODE is deterministic. So a student that reads x_T can correct the errors that
+it has made since.
 
-A worked example, S = 4, where the teacher takes 24 Euler steps with flow matching:
+A worked example: S = 4, where the teacher takes 24 Euler steps along the path of flow matching.
 
-    state                       x_T     x_τ3    x_τ2    x_τ1    x_0
-    Euler steps taken             0        6      12      18     24      Student.target_steps
-    time t                        1      3/4     1/2     1/4      0      student_times
-    network is given timestep  1000      750     500     250      –      Student.timesteps
-    in the loss it is          read    read,   read,   read,    target
-                                       target  target  target
+    state                      x_T    x_τ3   x_τ2   x_τ1   x_0
+    after Euler steps            0      6     12     18     24     Student.target_steps (after x_T)
+    time t                       1    3/4    1/2    1/4      0     student_times
+    timestep for the network  1000    750    500    250      –     Student.timesteps
+    read in the loss           yes    yes    yes    yes     no     history, (b, 4, c, h, w)
+    target in the loss          no    yes    yes    yes    yes     target, (b, 4, c, h, w)
 
-One training pass reads the four states in one sequence, (b, 4, c, h, w), under the block-wise
-causal mask of model.py, and predicts all four targets, (b, 4, c, h, w), at once. This is *teacher
-forcing*, as with language models: the states that are read are the teacher's. Two choices are left
-(README):
+One training pass reads the four states as one sequence, under the causal mask of model.py, and
+computes all four next states at once. The states that it reads are the teacher's. As with language
+models, this is called *teacher forcing*.
 
-    trajectory   "states": the states x_τ of the ODE (the paper's figure), or "x0": the teacher's
-                 clean predictions x̂_0 on the way (the authors' code). These have lost most of what
-                 x_T says: without history, a student cannot know which image it was making.
-    on_policy    the fraction of each batch that reads the student's own states, as in sampling, and
-                 still has the teacher's as targets (ours; the idea of DAgger, arXiv 1011.0686).
+Does teacher forcing teach a student to read x_T? That depends on the targets, which are the first
+of three choices.
 
-The student needs no guidance, hence one network call a step: its targets were made with guidance.
+    targets     "states": the states x_τ of the ODE, as in the paper's figure. Each determines all
+                later ones, so that the current state is enough as long as it is right.
+                "x0": the teacher's clean predictions x̂_0 at these states, as in the authors' code.
+                The first of them are nearly the mean of all images. They have lost what x_T says,
+                and a student without history cannot know which image it was making.
+    output      what the network puts out, see sample.next_state
+    on_policy   for this fraction of each batch, the student reads states that it has made itself,
+                from the same x_T. The targets stay the teacher's, so that the student must learn
+                to correct its own errors, for which it needs x_T. (Ours. DAgger, arXiv 1011.0686,
+                is alike, but asks the teacher again at each state that the student visits.)
 
-    python distill.py                    the shipped teacher: a student with history, one without,
-                                         and their comparison, in minutes
+The default preset, `textures`, takes clean predictions and trains on-policy: there the history
+matters most. `shapes` takes states and a direction, which copies the teacher best.
+
+The student needs no guidance, and so a single network evaluation for each step: its targets were
+made with guidance, and contain it.
+
+    python distill.py                    distils the shipped teacher into a student with history and
+                                         one without, and compares them, in minutes
     python distill.py --preset shapes    another preset
     python distill.py --help             all that can be changed
 
 Results go into runs/PRESET: student.pt, no-history.pt, result.json and pictures. Trajectories are
-written into runs/PRESET/trajectories where there are none. What was stopped is continued.
+written into runs/PRESET/trajectories unless they are there. An interrupted run is continued.
 """
 
 import argparse
@@ -84,28 +97,28 @@ from trajectories import Trajectories, open_trajectories
 
 
 def ard_loss(model, student: Student, trajectory, y, on_policy: float = 0.0):
-    """The mean over the S steps of ‖ x̂_{τ_{s−1}} − x_{τ_{s−1}} ‖² (paper, Sec. 3.2; and over
-    samples and pixels).
+    """The squared error ‖ x̂_{τ_{s−1}} − x_{τ_{s−1}} ‖², averaged over the S steps (paper, Sec. 3.2),
+    the samples and the pixels.
 
     trajectory: (b, S + 1, c, h, w), the teacher's, x_T first; y: (b,). The student reads the first
-    S states and predicts the last S: the same sequence, one step ahead. A fraction `on_policy` of
-    the samples reads its own states instead.
+    S entries and its targets are the last S: the same sequence, one step ahead. For a fraction
+    `on_policy` of the samples it reads states that it has made itself.
 
-    Where the output is a direction, x̂_{t'} − x_{t'} = (t' − t)·(v̂ − v) for flow matching, so
-    that the loss weighs the error of each direction with (t' − t)²: equally, where the steps are
-    equal."""
+    If the output is a direction v̂ of flow matching, the error of a step is (t_next − t)·(v̂ − v),
+    where v is the mean direction of the teacher between its two states. So the loss weighs the
+    error of a direction by (t_next − t)²: equally, if the steps are equally long."""
     history, target = trajectory[:, :-1], trajectory[:, 1:]                 # (b, S, c, h, w) each
     count = round(on_policy * len(trajectory))
     if count:
         own = own_history(model, student, history[:count, 0], y[:count])
         history = torch.cat([own, history[count:]])
-    prediction = predict_all(model, student, history, y)
-    return (prediction - target).square().mean()
+    predicted = predict_all(model, student, history, y)
+    return (predicted - target).square().mean()
 
 
 def own_history(model, student: Student, x_T, y):
-    """The states that the student reads when it samples, (b, S, c, h, w). They are data: no
-    gradient flows through them."""
+    """x_T and the first S − 1 states that the student makes of it, (b, S, c, h, w): what it reads
+    when it samples. These are inputs, through which no gradient flows."""
     return few_step(model, student, x_T, y, steps=student.steps - 1)
 
 
@@ -119,9 +132,9 @@ def make_student(
     trajectories: Trajectories,
     training: Training,
 ) -> tuple[DiT, StudentRecord]:
-    """A student that starts from its teacher's weights, and what its checkpoint will say of it.
-    What it learns, above all the ODE, is what the trajectories hold. Raises UserError for settings
-    that contradict one another."""
+    """A student that starts from its teacher's weights, and what its checkpoint will say of it. The
+    ODE, its number of Euler steps and its guidance are those of the trajectories, since a student
+    learns what these contain. Raises UserError for settings that contradict one another."""
     check_settings(settings)
     ode = trajectories.ode
     path = NOISE_PATHS[ode.noise_path]
@@ -142,7 +155,7 @@ def make_student(
         student=Student(
             ode=ode,
             target_steps=trajectories.target_steps,
-            trajectory=settings.trajectory,
+            targets=settings.targets,
             output=settings.output,
             timesteps=timesteps,
         ),
@@ -154,15 +167,16 @@ def make_student(
         training=training,
     )
     model = DiT(config)
+    model.prompts = teacher.prompts
     load_weights(model, initial_weights(model, teacher), "the teacher")
     return model, record
 
 
 def check_settings(settings: StudentSettings):
-    if settings.output == "direction" and settings.trajectory == "x0":
+    if settings.output == "direction" and settings.targets == "x0":
         raise UserError(
             "x0 predictions are not states of the ODE, so no Euler step leads from one to the "
-            "next: use --output state, or --trajectory states"
+            "next: use --output state, or --targets states"
         )
     if settings.timesteps and len(settings.timesteps) != settings.steps:
         raise UserError(f"{len(settings.timesteps)} timesteps are given for {settings.steps} steps")
@@ -201,11 +215,11 @@ def distill(
         return ard_loss(network, record.student, trajectory, y, training.on_policy)
 
     config = record.model
-    history = f"{config.history} history in {config.history_layers} of {config.depth} layers"
+    reads = f"{config.history} history in {config.history_layers} of {config.depth} layers"
     if not config.reads_history:
-        history = "no history"
+        reads = "no history"
     print(
-        f"distilling into {record.student.steps} steps with {history}: {training.iterations:,} "
+        f"distilling into {record.student.steps} steps with {reads}: {training.iterations:,} "
         f"iterations of {training.batch} on {runtime.device} in {runtime.precision}, into {file}"
     )
     return train("student", model, loss_of, batch_at, file, record, runtime)
@@ -226,14 +240,14 @@ def add_student_flags(parser):
         action=argparse.BooleanOptionalAction,
         help="add x_T's tokens to those of later states, through a linear map",
     )
-    add("--trajectory", choices=("states", "x0"), help="learn states, or x0 predictions")
+    add("--targets", choices=("states", "x0"), help="learn states, or x0 predictions")
     add("--output", choices=("direction", "state"), help="predict a direction, or the state itself")
     add(
         "--output-layer-per-step",
         action=argparse.BooleanOptionalAction,
         help="an output layer for each step instead of one for all",
     )
-    add("--on-policy", type=fraction, help="fraction of a batch that reads its own states")
+    add("--on-policy", type=fraction, help="fraction of samples that read the student's states")
     add("--count", type=positive_int, help="trajectories to train on")
 
 
@@ -259,10 +273,12 @@ def main():
     runs = Path("runs") / flags.preset
     out = output_folder(flags.out or runs)
     teacher, teacher_record = find_teacher(flags.teacher_file, flags.preset, out, runtime.device)
+    # A preset's timesteps are for its own number of steps and its own noise path. Otherwise they
+    # follow from the times of the states.
     usual = PRESETS[flags.preset]
     same_path = teacher_record.ode.noise_path == usual.ode.noise_path
     if settings.steps != usual.student.steps or not same_path:
-        settings = replace(settings, timesteps=None)  # the preset's do not fit: use the states' own
+        settings = replace(settings, timesteps=None)
     trajectories = open_trajectories(
         teacher,
         teacher_record,

@@ -514,7 +514,7 @@ def teacher_trajectory(teacher, student: Student, x_T, y):
     """The teacher's trajectory as the student learns it, (b, S + 1, c, h, w): x_T (b, c, h, w),
     then states or x0 predictions."""
     states, x0 = solve(teacher, student.ode, x_T, y, keep=student.target_steps)
-    if student.trajectory == "states":
+    if student.targets == "states":
         return states
     return torch.cat([x_T[:, None], x0], dim=1)
 

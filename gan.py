@@ -517,10 +517,10 @@ def open_same_trajectories(record: StudentRecord, teacher, teacher_record, prese
     settings = TrajectorySettings(
         count=record.trajectories or preset.trajectories.count,
         kept_steps=student.target_steps,
-        keep=student.trajectory,
+        keep=student.targets,
     )
     teacher_record = replace(teacher_record, ode=student.ode)
-    chosen = replace(preset.student, steps=student.steps, trajectory=student.trajectory)
+    chosen = replace(preset.student, steps=student.steps, targets=student.targets)
     return open_trajectories(teacher, teacher_record, settings, chosen, folder, runtime)
 
 

@@ -1,29 +1,32 @@
 """The diffusion transformer (DiT) over a trajectory: the one network of this project.
 
-A diffusion model turns noise into an image by solving an ODE. On the way it passes through a
-sequence of states, from the noise x_T to the image x_0. A *trajectory* is a few of these states:
+A diffusion model turns noise into an image by solving an ODE in many small steps. The student of
+AutoRegressive Distillation (ARD, arXiv 2504.11295) makes the same way in S large steps. Of all the
+states that the ODE passes, S + 1 matter to it. They are called a *trajectory*:
 
-    [ x_{τ_S} = x_T,  x_{τ_{S−1}},  …,  x_{τ_1},  x_{τ_0} = x_0 ]
+    x_{τ_S} = x_T,  x_{τ_{S−1}},  …,  x_{τ_1},  x_{τ_0} = x_0
 
-A teacher reads one state and predicts where the ODE goes next. The student of AutoRegressive
-Distillation (ARD, arXiv 2504.11295) reads the *history*, that is, the current state and all states
-before it, and predicts the next state. Both are this class:
+from the noise x_T to the image x_0, where τ_S > … > τ_0 are the times of these states. The code
+counts from the noise: state i is x_{τ_{S−i}}.
+
+A teacher reads one state, and its output says where the ODE goes next. The student reads the
+current state *and all states before it*, its history, and its output gives the next state. Both are
+this class:
 
     teacher   x has shape (b, 1, c, h, w): one state, and no history layers
-    student   x has shape (b, s, c, h, w): the first s states of a trajectory
+    student   x has shape (b, s, c, h, w): the first s states of a trajectory, s ≤ S. (The last
+              state, x_0, is only ever an output.)
 
 Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
 
-  1. Each state has its own timestep (the paper's "token-wise time embedding"). All states share the
-     same weights and positions, so its timestep is all that tells one state's tokens from
-     another's.
-  2. In the lowest N layers (`history_layers`), a state also attends to earlier states. In the
-     layers
-     above, each state attends only to itself. With N = 0 the student sees only its current state,
-     which is plain step distillation.
+  1. Each state has a timestep of its own (the paper's "token-wise time embedding"). All states
+     share the weights and the positions, so the timestep is what tells their tokens apart.
+  2. In the first N layers (`history_layers`), those nearest the input, a state also attends to
+     earlier states. In the later layers it attends only to itself. N = 0 is step distillation: the
+     student sees its current state and nothing else.
 
-Which earlier states are visible in those N layers is the paper's choice of four masks. Here they
-are for S = 4. A row is the state that reads, a column is the state that is read:
+The paper compares four masks, M1 to M4, for which earlier states are visible in those N layers.
+For S = 4, a row is the state that reads and a column is the state that is read:
 
          none (M1)            window (M2)          anchor (M3)          causal (M4)
          x_T x_τ3 x_τ2 x_τ1   x_T x_τ3 x_τ2 x_τ1   x_T x_τ3 x_τ2 x_τ1   x_T x_τ3 x_τ2 x_τ1
@@ -32,16 +35,16 @@ are for S = 4. A row is the state that reads, a column is the state that is read
     x_τ2  ·   ·    ■    ·      ·   ■    ■    ·      ■   ·    ■    ·      ■   ■    ■    ·
     x_τ1  ·   ·    ·    ■      ·   ·    ■    ■      ■   ·    ·    ■      ■   ■    ■    ■
 
-`history_mask` below returns exactly this, as a matrix over tokens. The network computes the same
-attention without the matrix: it hands each state only the keys that it may see.
+`history_mask` returns exactly this, as a matrix over tokens. The network computes the same
+attention without the matrix: it hands the queries of each state only the keys that they may see.
 
-This file knows nothing of noise, data or losses. Parameters have the public DiT's names, in which a
-transformer layer is a "block". To try it:
+This file knows nothing of noise paths, data or losses. Its parameters have the public DiT's names,
+in which a transformer layer is a "block". To try it:
 
     config = ModelConfig(image_size=16, channels=3, classes=10, **parse_size("T/4"),
                          history="causal", history_layers=2)
     x, y = torch.randn(8, 4, 3, 16, 16), torch.zeros(8, dtype=torch.long)
-    DiT(config)(x, timesteps=torch.tensor([999, 750, 500, 250]), y=y)       # (8, 4, 3, 16, 16)
+    DiT(config)(x, timesteps=torch.tensor([1000, 750, 500, 250]), y=y)       # (8, 4, 3, 16, 16)
 """
 
 import math
@@ -85,16 +88,18 @@ def visible_keys(keys: torch.Tensor, i: int, tokens: int, history: str) -> torch
 
 
 class KVCache:
-    """What the network has to remember of the states that it has read when it samples one state at
-    a time: their keys and values in the history layers. (The other layers never look back.)
+    """What the network remembers of the states that it has read, when it samples one state at a
+    time: their keys and values in the history layers. (The other layers never look back.)
 
-    `states`: how many states will be read in all. A cache serves one batch of trajectories."""
+    `states`: how many states will be read in all. A cache serves one batch of trajectories.
+    `states_read`: how many have been read; DiT.forward counts them when a pass is over."""
 
     def __init__(self, states: int):
         self.states = states
         self.states_read = 0
         self.buffers = {}  # Attention -> its keys and values, (2, b, heads, states·tokens, d)
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
+        self.text = None  # of a text network: see Text
 
     def append(self, layer, k, v, tokens: int):
         """Store the keys and values (b, heads, s·tokens, d) of s new states; return those of all
@@ -137,12 +142,51 @@ class Attention(nn.Module):
         if cache is not None:
             first = cache.states_read
             k, v = cache.append(self, k, v, tokens=n)
-        x = []
+        outputs = []  # one for each state; rearrange stacks them
         for i, query in enumerate(q.split(n, dim=2), start=first):          # (b, h, n, d)
             seen_k = visible_keys(k, i, n, history)
             seen_v = visible_keys(v, i, n, history)
-            x.append(F.scaled_dot_product_attention(query, seen_k, seen_v))
-        return self.proj(rearrange(x, "s b h n d -> b s n (h d)"))
+            outputs.append(F.scaled_dot_product_attention(query, seen_k, seen_v))
+        return self.proj(rearrange(outputs, "s b h n d -> b s n (h d)"))
+
+
+class CrossAttention(nn.Module):
+    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, text):
+        """text: (b, l, width). Returns keys and values, (2, b, heads, l, d)."""
+        return rearrange(self.kv(text), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+
+    def forward(self, x, keys_values, is_word):
+        """x: (b, s, n, width); is_word: (b, l), False where the text is filled up with zeros."""
+        q = rearrange(self.q(x), "b s n (h d) -> b h (s n) d", h=self.heads)
+        k, v = keys_values
+        mask = rearrange(is_word, "b l -> b 1 1 l")
+        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)      # (b, h, s·n, d)
+        return self.proj(rearrange(read, "b h (s n) d -> b s n (h d)", s=x.shape[1]))
+
+
+class Text:
+    """The texts of a batch, as the layers read them: all states of a trajectory read the same one, so
+    its keys and values are computed once for a sample, and kept in the cache in sampling."""
+
+    def __init__(self, tokens, is_word):
+        self.tokens = tokens                                                # (b, l, width)
+        self.is_word = is_word                                              # (b, l)
+        self.keys_values = {}  # CrossAttention -> what it computes of the tokens
+
+    def read_by(self, layer: CrossAttention):
+        """What the forward pass of a layer's cross-attention needs besides x."""
+        if layer not in self.keys_values:
+            self.keys_values[layer] = layer.keys_values(self.tokens)
+        return self.keys_values[layer], self.is_word
 
 
 class MLP(nn.Module):
@@ -161,35 +205,59 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift, x, 1 + scale)
 
 
+class SharedAdaLN(nn.Module):
+    """The modulation of a layer in a text network (PixArt-α's adaLN-single): all layers share one
+    linear map of the condition, DiT.shared_modulation, and each adds a table of its own."""
+
+    def __init__(self, width: int, vectors: int):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.zeros(vectors * width))
+
+    def forward(self, c):
+        return c + self.scale_shift_table
+
+
 class Block(nn.Module):
     """A transformer layer with adaLN-zero: the condition c = time + label sets the shift and scale
-    after each LayerNorm and gates what attention and MLP add."""
+    after each LayerNorm and gates what attention and MLP add. In a text network (`reads_text`), the
+    condition is the time alone, and cross-attention to the text stands between attention and MLP,
+    without LayerNorm or gate."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, reads_text: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = MLP(width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        if reads_text:
+            self.cross_attn = CrossAttention(width, heads)
+            self.adaLN_modulation = SharedAdaLN(width, vectors=6)
+        else:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, history: str = "none", cache: KVCache | None = None):
-        """x: (b, s, n, width); c: (b, s, width)."""
+    def forward(self, x, c, history: str = "none", cache: KVCache | None = None, text=None):
+        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; text: what
+        Text.read_by returns."""
         modulation = self.adaLN_modulation(c)                               # once per state
         modulation = rearrange(modulation, "b s (six d) -> six b s 1 d", six=6)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         attn_input = modulate(self.norm1(x), shift_attn, scale_attn)
         x = x + gate_attn * self.attn(attn_input, history, cache)
+        if text is not None:
+            x = x + self.cross_attn(x, *text)
         mlp_input = modulate(self.norm2(x), shift_mlp, scale_mlp)
         return x + gate_mlp * self.mlp(mlp_input)
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, width: int, patch: int, channels: int):
+    def __init__(self, width: int, patch: int, channels: int, reads_text: bool = False):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch * patch * channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        if reads_text:
+            self.adaLN_modulation = SharedAdaLN(width, vectors=2)
+        else:
+            self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
         modulation = rearrange(self.adaLN_modulation(c), "b s (two d) -> two b s 1 d", two=2)
@@ -239,29 +307,40 @@ class DiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.compiled_blocks = None
-        width, patch = config.width, config.patch
+        self.prompts = None  # of a text network: text.Prompts, whose numbers are the labels y
+        width, patch, reads_text = config.width, config.patch, config.reads_text
 
         self.x_embedder = nn.ModuleDict(
             {"proj": nn.Conv2d(config.channels, width, patch, stride=patch)}
         )
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.ModuleDict(
-            {"embedding_table": nn.Embedding(config.classes + 1, width)}
-        )
+        if reads_text:
+            self.text_embedder = nn.Sequential(
+                nn.Linear(config.text_width, width),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(width, width),
+            )
+            self.shared_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        else:
+            self.y_embedder = nn.ModuleDict(
+                {"embedding_table": nn.Embedding(config.classes + 1, width)}
+            )
         positions = sincos_positions(config.grid_size, width)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.blocks = nn.ModuleList([Block(width, config.heads) for _ in range(config.depth)])
+        layers = [Block(width, config.heads, reads_text) for _ in range(config.depth)]
+        self.blocks = nn.ModuleList(layers)
         if config.noise_shortcut:
             self.noise_shortcut = nn.Linear(width, width, bias=False)
         out_channels = config.channels * (2 if config.learn_sigma else 1)
         for name in self.output_layer_names:
-            setattr(self, name, FinalLayer(width, patch, out_channels))
+            setattr(self, name, FinalLayer(width, patch, out_channels, reads_text))
         self.initialise()
 
     @property
     def null_class(self) -> int:
-        """The label that stands for no label, for classifier-free guidance."""
-        return self.config.classes
+        """The label that stands for no label, or the number of the empty prompt, for
+        classifier-free guidance."""
+        return -1 if self.config.reads_text else self.config.classes
 
     @property
     def output_layer_names(self) -> list[str]:
@@ -279,13 +358,17 @@ class DiT(nn.Module):
                     nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))
         nn.init.zeros_(self.x_embedder["proj"].bias)
-        nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
+        if not self.config.reads_text:
+            nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
 
         output_layers = [getattr(self, name) for name in self.output_layer_names]
-        zeros = [layer.adaLN_modulation[1] for layer in [*self.blocks, *output_layers]]
-        zeros += [layer.linear for layer in output_layers]
+        zeros = [layer.linear for layer in output_layers]
+        if self.config.reads_text:
+            zeros += [self.shared_modulation[1]]
+        else:
+            zeros += [layer.adaLN_modulation[1] for layer in [*self.blocks, *output_layers]]
         for layer in zeros:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -293,18 +376,23 @@ class DiT(nn.Module):
             nn.init.zeros_(self.noise_shortcut.weight)
 
     def forward(self, x, timesteps, y, cache: KVCache | None = None):
-        """x: states, (b, s, c, h, w); timesteps: one for each state, (s,) or (b, s), in 0 … 1000;
-        y: labels, (b,). Returns the prediction made at each state, (b, s, c, h, w).
+        """x: states, (b, s, c, h, w); timesteps: one for each state, (s,) or (b, s), on the scale
+        that the network was trained with (0 … 1000 here); y: labels, or numbers of prompts, (b,).
+        Returns an output for each state, (b, s, c, h, w).
 
         With a `cache`, x holds only the states that have not been read yet."""
         tokens = self.embed(x, cache)                                       # (b, s, n, width)
         c = self.condition(timesteps, y)                                    # (b, s, width)
+        text, layer_c = None, c
+        if self.config.reads_text:
+            text = self.read_text(y, cache)
+            layer_c = self.shared_modulation(c)                             # (b, s, 6·width)
         for i in range(len(self.blocks)):
-            tokens = self.run_layer(i, tokens, c, cache)
-        prediction = self.predict(tokens, c, cache)
+            tokens = self.run_layer(i, tokens, layer_c, cache, text)
+        out = self.output(tokens, c, cache)
         if cache is not None:
             cache.states_read += x.shape[1]
-        return prediction
+        return out
 
     def embed(self, x, cache: KVCache | None = None):
         """States (b, s, c, h, w) to tokens (b, s, n, width): patches and positions."""
@@ -314,9 +402,9 @@ class DiT(nn.Module):
         return self.add_noise_shortcut(tokens, cache) if self.config.noise_shortcut else tokens
 
     def add_noise_shortcut(self, tokens, cache: KVCache | None):
-        """Ours, not the paper's: every token of a later state receives a linear map of the noise
-        x_T's token at the same place. Attention in a small network would need long to learn where
-        to look."""
+        """Ours, not the paper's: a linear map of x_T's tokens is added to the tokens at the same
+        places in every later state. The attention of a small network takes long to learn to look
+        there (docs/results.md)."""
         if cache is not None and cache.states_read > 0:
             return tokens + cache.noise_shortcut
         noise = self.noise_shortcut(tokens[:, :1])                          # (b, 1, n, width)
@@ -325,24 +413,49 @@ class DiT(nn.Module):
         return torch.cat([tokens[:, :1], tokens[:, 1:] + noise], dim=1)
 
     def condition(self, timesteps, y):
-        """c = time + label, one for each state, (b, s, width)."""
+        """c = time + label, one for each state, (b, s, width). In a text network c = time."""
+        time = self.t_embedder(timesteps)                                   # (s, width) or (b, s, …)
+        if self.config.reads_text:
+            return time.expand(len(y), -1, -1)
         label = self.y_embedder["embedding_table"](y)
-        return self.t_embedder(timesteps) + rearrange(label, "b d -> b 1 d")
+        return time + rearrange(label, "b d -> b 1 d")
 
-    def run_layer(self, i: int, tokens, c, cache: KVCache | None = None):
+    def read_text(self, y, cache: KVCache | None) -> Text:
+        """The prompts with the numbers y, (b,)."""
+        if cache is not None and cache.text is not None:
+            return cache.text
+        vectors = self.prompts[y]                                           # (b, l, text_width)
+        is_word = vectors.abs().sum(dim=-1) > 0
+        text = Text(self.text_embedder(vectors), is_word)
+        if cache is not None:
+            cache.text = text
+        return text
+
+    def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text: Text | None = None):
         """Layer i; history is visible in the lowest `history_layers` of them."""
+        if text is not None:
+            text = text.read_by(self.blocks[i].cross_attn)
         history = self.config.history if i < self.config.history_layers else "none"
         use_compiled = self.compiled_blocks is not None and cache is None
         layer = self.compiled_blocks[i] if use_compiled else self.blocks[i]
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(
-                layer, tokens, c, history, cache, use_reentrant=False, preserve_rng_state=False
+                layer,
+                tokens,
+                c,
+                history,
+                cache,
+                text,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
-        return layer(tokens, c, history, cache)
+        return layer(tokens, c, history, cache, text)
 
-    def predict(self, tokens, c, cache: KVCache | None = None):
+    def output(self, tokens, c, cache: KVCache | None = None):
         """Tokens (b, s, n, width) to images (b, s, c, h, w)."""
         config = self.config
+        if config.reads_text:
+            c = repeat(c, "b s d -> b s (two d)", two=2)  # see SharedAdaLN
         if config.output_layers == 1:
             out = self.final_layer(tokens, c)
         else:

@@ -151,7 +151,7 @@ def published_network(weights: dict, heads: int | None, file: Path, kinds, devic
         student = Student(
             ode=DIT_ODE,
             target_steps=AUTHORS_TARGET_STEPS,
-            trajectory="x0",
+            targets="x0",
             output="state",
             timesteps=AUTHORS_TIMESTEPS,
         )

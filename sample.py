@@ -1,16 +1,20 @@
 """Sampling: images from a student in a few steps, or from a teacher in many.
 
-The student's loop, `few_step`, is half of the method (paper, Sec. 3.2). It takes S steps. Each step
-reads the noise x_T and *all states that the student has produced since*, not only the last one:
+The student's loop, `few_step`, is one half of the method; the loss in distill.py is the other. It
+takes S steps. Each step reads the noise x_T and *all states that the student has made since*, not
+only the last one (paper, Sec. 3.2):
 
-    x̂_{τ_{s−1}} = G_θ( x_T, x̂_{τ_{S−1}}, …, x̂_{τ_s} ),        s = S, …, 1
+    x̂_{τ_{s−1}} = G_θ( x_T, x̂_{τ_{S−1}}, …, x̂_{τ_s}, s, y ),        s = S, …, 1
+
+where y is the label, and s reaches the network as the timesteps of the states.
 
 The keys and values of earlier states are cached, so that each step costs one pass over one state.
-No guidance is needed: the teacher's states, which the student has learned, already contain it.
+No guidance is needed: the teacher's states, which the student has learned to make, already contain
+it. An image takes S network evaluations; the teacher's 24 Euler steps with guidance take 48.
 
     python sample.py                               images from the shipped student, in four steps
     python sample.py assets/textures-teacher.pt    the same noises through its teacher's 24 steps
-    python sample.py --labels 0 2 --trajectory     two classes, and how the images came to be
+    python sample.py --labels 0 2 --draw-trajectory    two classes, and how the images came to be
     python sample.py --count 50000 --npz           samples.npz, for ADM's evaluator
 """
 
@@ -43,9 +47,9 @@ from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
 
 
 def student_times(student: Student) -> torch.Tensor:
-    """The times of x_T and of the student's S targets on the noise path, (S + 1,). A student of 4
-    steps whose teacher takes 24: the states after 0, 6, 12, 18 and 24 of them, at the times 1, 3/4,
-    1/2, 1/4 and 0 of flow matching."""
+    """The times of x_T and of the student's S targets on the noise path, (S + 1,). For 4 steps in
+    place of 24 these are the times after 0, 6, 12, 18 and 24 Euler steps: 1, 3/4, 1/2, 1/4 and 0
+    for flow matching."""
     path = NOISE_PATHS[student.ode.noise_path]
     return path.times(student.ode.euler_steps)[[0, *student.target_steps]]
 
@@ -54,10 +58,13 @@ def next_state(student: Student, output, x, t, t_next):
     """The state that follows from the network's output at (x, t).
 
     output = "state"      The output is the next state, as in the paper.
-    output = "direction"  The output is what the teacher would predict (v, say), and the state is an
-                          Euler step from t to t_next with it (ours). A student without history then
-                          starts as its teacher, unguided and with S Euler steps. Only the states of
-                          the ODE have such a direction; x0 predictions do not.
+                          The student starts from weights that predict something else (v, say), and
+                          has to unlearn it first.
+    output = "direction"  The output is what a teacher would predict (v, say), and the next state is
+                          the Euler step from t to t_next with it (ours). Before any training, a
+                          student without history then does what its teacher does with S Euler steps
+                          and no guidance. Only states of the ODE lie in such a direction from one
+                          another; clean predictions do not.
     """
     if student.output == "state":
         return output
@@ -66,8 +73,8 @@ def next_state(student: Student, output, x, t, t_next):
 
 @torch.no_grad()
 def few_step(model, student: Student, x_T, y, steps: int | None = None):
-    """A student's trajectory: x_T, then one state a step, of which the last is its image,
-    (b, S + 1, c, h, w). x_T: (b, c, h, w); y: (b,). `steps`: stop after so many."""
+    """A student's trajectory: x_T and the S states that it makes, of which the last is its image,
+    (b, S + 1, c, h, w). x_T: (b, c, h, w); y: (b,). `steps`: stop after so many of the S."""
     times = student_times(student).to(x_T.device)                           # (S + 1,)
     timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
     states, cache = [x_T], KVCache(student.steps)
@@ -80,8 +87,9 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 
 def predict_all(model, student: Student, states, y):
-    """All S predictions in one pass: for each of the states (b, S, c, h, w), x_T first, the next
-    state. This is how a student is trained; with its own states it is the same as `few_step`."""
+    """The student's next state for each of the S states that it reads, (b, S, c, h, w), x_T first:
+    all in one pass. This is how it is trained. Given the states that `few_step` has made, it
+    returns the same states."""
     times = student_times(student).to(states.device)
     timesteps = torch.tensor(student.timesteps, device=states.device)
     output = model(states, timesteps, y).float()                            # (b, S, c, h, w)
@@ -146,7 +154,7 @@ def parse_flags():
     add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn")
     add("--seed", type=non_negative_int, default=0, help="of the noises (default: 0)")
     add("--out", type=Path, default=Path("runs/samples"), help="folder (default: runs/samples)")
-    add("--trajectory", action="store_true", help="also draw the states of the first eight images")
+    add("--draw-trajectory", action="store_true", help="also draw the states of the first eight images")
     add("--png", action="store_true", help="also write each image as a file, into OUT/images")
     add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
     add("--batch", type=positive_int, default=256, help="images at a time (default: 256)")
@@ -214,7 +222,7 @@ class Sampler:
             ode = self.record.ode
             times = NOISE_PATHS[ode.noise_path].times(ode.euler_steps)
             rows.append(implied_x0(ode, states, times))
-        elif self.record.student.trajectory == "states":
+        elif self.record.student.targets == "states":
             student = self.record.student
             rows.append(implied_x0(student.ode, states, student_times(student)))
         sheet = rearrange(torch.cat(rows, dim=1), "b s c h w -> (s b) c h w")
@@ -255,7 +263,7 @@ def main():
     columns = math.ceil(math.sqrt(len(sheet)))
     data.image_grid(images, columns).save(output_file(out / "grid.png"))
     print(f"wrote {out / 'grid.png'}: {len(sheet)} of {flags.count:,} images")
-    if flags.trajectory:
+    if flags.draw_trajectory:
         picture = sampler.draw_trajectory(min(8, flags.count))
         picture.save(output_file(out / "trajectory.png"))
         print(f"wrote {out / 'trajectory.png'}: a column for each image, from noise at the top")

@@ -147,29 +147,16 @@ def all_captions() -> dict[str, Caption]:
     return {str(caption): caption for caption in captions}
 
 
-def draw_caption(rng: np.random.Generator, held_out: bool = False) -> Caption:
-    """A random caption, all categories equally often; `held_out`: one that names a held-out
-    pair."""
-    while True:
-        category = CATEGORIES[rng.integers(len(CATEGORIES))]
-        caption = _draw_caption(category, rng)
-        if caption.is_held_out == held_out:
-            return caption
+def caption_list(held_out: bool = False) -> list[Caption]:
+    """The captions of training, or those that name a held-out pair."""
+    return [caption for caption in all_captions().values() if caption.is_held_out == held_out]
 
 
-def _draw_caption(category: str, rng: np.random.Generator) -> Caption:
-    def pair():
-        return list(COLOURS)[rng.integers(len(COLOURS))], SHAPES[rng.integers(len(SHAPES))]
-
-    if category == "one":
-        return Caption(category, (pair(),))
-    if category == "count":
-        return Caption(category, (pair(),) * int(rng.integers(2, 4)))
-    first, second = pair(), pair()
-    while second == first:
-        second = pair()
-    relation = ("left of", "above")[rng.integers(2)] if category == "relation" else ""
-    return Caption(category, (first, second), relation)
+def caption_weights(captions: list[Caption]) -> np.ndarray:
+    """How often each caption is drawn, so that the categories are equally frequent."""
+    categories = [caption.category for caption in captions]
+    weights = np.array([1 / categories.count(category) for category in categories])
+    return weights / weights.sum()
 
 
 def place(caption: Caption, rng: np.random.Generator) -> list[Thing]:
@@ -202,6 +189,20 @@ def fulfils(relation: str, things: list[Thing], margin: float = 0.0) -> bool:
     dx, dy = b.x - a.x, b.y - a.y
     along, across = (dx, dy) if relation == "left of" else (dy, dx)
     return along > abs(across) + margin
+
+
+def draw_scenes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` scenes of training captions: images (count, 3, SIZE, SIZE), uint8, and the numbers of
+    their captions in `caption_list()`. Scene i depends on (seed, i) only."""
+    captions = caption_list()
+    weights = caption_weights(captions)
+    images = np.empty((count, 3, SIZE, SIZE), np.uint8)
+    labels = np.empty(count, np.int64)
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        labels[i] = rng.choice(len(captions), p=weights)
+        images[i] = draw_scene(place(captions[labels[i]], rng))
+    return images, labels
 
 
 # ---- 3. Reading a scene back ---------------------------------------------------------------------

@@ -4,19 +4,24 @@ A *noise path* mixes an image x_0 with Gaussian noise ε,
 
     x_t = α(t)·x_0 + σ(t)·ε                                                          (noise path)
 
-from the image itself (α = 1, σ = 0) to almost pure noise x_T. A network that is given x_t, t and a
-class label estimates the pair behind it, (x̂_0, ε̂). These estimates define the *probability-flow
-ODE*
+from the image itself (α = 1, σ = 0) to noise x_T, pure or almost so. A network is given x_t, a
+class label and t, and estimates the image and the noise that were mixed, (x̂_0, ε̂). Its estimates
+define the *probability-flow ODE*
 
-    dx/dt = α'(t)·x̂_0(x, t) + σ'(t)·ε̂(x, t)                                                (ODE)
+    dx/dt = dα/dt · x̂_0(x, t) + dσ/dt · ε̂(x, t)                                             (ODE)
 
-whose solution carries each noise x_T to one image. An Euler step that goes from t to t' keeps the
-estimates of time t and moves along the noise path:
+whose solution carries each noise x_T to one image. An Euler step from the time t to the time t_next
+keeps the estimates of time t and moves along the noise path:
 
-    x_{t'} = α(t')·x̂_0 + σ(t')·ε̂                                                     (Euler step)
+    x_next = α(t_next)·x̂_0 + σ(t_next)·ε̂                                             (Euler step)
 
 This one formula serves every teacher. In the coordinates x/α against σ/α it is literally Euler's
-method (wherever α > 0). For flow matching it equals x + (t' − t)·v. For DDPM it *is* the DDIM step.
+method (wherever α > 0). For flow matching it equals x + (t_next − t)·v. For DDPM it *is* the DDIM
+step.
+
+Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number by
+which the network is told this time. For flow matching, t runs from 1 to 0 and the timestep is
+1000·t, since the sinusoids that embed it are made for the range 0 … 1000.
 
     python teacher.py --preset points              trains a teacher, into runs/points/teacher.pt
     python teacher.py --preset cifar10 --data DIR  the same on your own images, DIR/<class>/*.png
@@ -38,7 +43,7 @@ from machine import Runtime, rank, runtime_from
 from model import DiT
 from training import train
 
-LABEL_DROPOUT = 0.1  # of the labels in training are replaced by the null class, for guidance
+LABEL_DROPOUT = 0.1  # fraction of labels that the null class replaces in training, for guidance
 
 # ---- 1. Noise paths ------------------------------------------------------------------------------
 
@@ -56,7 +61,7 @@ class FlowMatching:
         return t
 
     def timestep(self, t):
-        """What the network is given as time: 0 … 1000, the range that its sinusoids resolve."""
+        """The timestep that the network is given for the time t."""
         return 1000 * t
 
     def times(self, euler_steps: int) -> torch.Tensor:
@@ -71,8 +76,8 @@ class FlowMatching:
 
 class DDPM:
     """1000 steps with a linear β from 1e-4 to 0.02 (arXiv 2006.11239), as in the public DiT:
-    α = √ᾱ, σ = √(1 − ᾱ). Times are the integers 0 … 999. The image itself has t = −1, where ᾱ =
-    1."""
+    α = √ᾱ, σ = √(1 − ᾱ). Times are the integers 0 … 999, and timesteps are the same numbers. The
+    image itself has the time −1, where ᾱ = 1."""
 
     t_noise, t_image = 999, -1
 
@@ -123,8 +128,8 @@ NOISE_PATHS = {"flow": FlowMatching(), "ddpm": DDPM(), "sit": SiT(), "repa": REP
 
 
 def mixing_weights(ode: ODE, t, device):
-    """α(t) and σ(t) of an ODE's noise path, with three axes added to multiply images (…, c, h,
-    w)."""
+    """α(t) and σ(t) of an ODE's noise path, with three axes added so that they multiply images,
+    (…, c, h, w)."""
     path = NOISE_PATHS[ode.noise_path]
     t = torch.as_tensor(t, device=device)
     alpha = rearrange(path.alpha(t), "... -> ... 1 1 1")
@@ -133,7 +138,7 @@ def mixing_weights(ode: ODE, t, device):
 
 
 def add_noise(ode: ODE, images, noise, t):
-    """x_t = α(t)·x_0 + σ(t)·ε. images and noise: (b, c, h, w); t: () or (b,)."""
+    """x_t = α(t)·x_0 + σ(t)·ε. images and noise: (…, c, h, w); t: a time for each, or for all."""
     alpha, sigma = mixing_weights(ode, t, images.device)
     return alpha * images + sigma * noise
 
@@ -142,12 +147,14 @@ def add_noise(ode: ODE, images, noise, t):
 
 
 def estimate(ode: ODE, output, x, t):
-    """What the network's output at (x, t) says of the image and of the noise: (x̂_0, ε̂). From
-    x = α·x_0 + σ·ε and what was predicted,
+    """The image and the noise, (x̂_0, ε̂), that the network's output at (x, t) implies. They solve
+    two equations, x = α·x_0 + σ·ε and
 
-        predicts = "v":      v = ε − x_0  (flow matching's velocity, on any path)
-        predicts = "eps":    ε
-    """
+        predicts = "v":      output = ε − x_0, the velocity of flow matching. (Other papers write v
+                             for α·ε − σ·x_0.)
+        predicts = "eps":    output = ε
+
+    x and output: (…, c, h, w); t: a time for each, or one for all."""
     alpha, sigma = mixing_weights(ode, t, x.device)
     if ode.predicts == "v":
         return (x - sigma * output) / (alpha + sigma), (x + alpha * output) / (alpha + sigma)
@@ -155,15 +162,15 @@ def estimate(ode: ODE, output, x, t):
 
 
 def euler_step(ode: ODE, output, x, t, t_next):
-    """x_{t'} = α(t')·x̂_0 + σ(t')·ε̂: one Euler step of the ODE. x: (…, c, h, w); t: () or (…)."""
+    """x_next = α(t_next)·x̂_0 + σ(t_next)·ε̂: one Euler step of the ODE. x: (…, c, h, w)."""
     x0, eps = estimate(ode, output, x, t)
     return add_noise(ode, x0, eps, t_next)
 
 
 def guided_output(model, ode: ODE, x, timestep, y):
-    """Classifier-free guidance (arXiv 2207.12598): uncond + scale·(cond − uncond), in one batch.
-    x: (b, c, h, w); timestep: (); y: (b,). The public DiT guides three of its four channels
-    only."""
+    """Classifier-free guidance (arXiv 2207.12598): uncond + scale·(cond − uncond). It evaluates
+    the network twice for each sample, here as one batch of double size. x: (b, c, h, w);
+    timestep: (); y: (b,). (The public DiT guides three of its four channels only.)"""
     def run(x, y):
         output = model(rearrange(x, "b c h w -> b 1 c h w"), timestep[None], y)
         return rearrange(output, "b 1 c h w -> b c h w").float()
@@ -182,13 +189,13 @@ def guided_output(model, ode: ODE, x, timestep, y):
 def solve(model, ode: ODE, x_T, y, keep=None):
     """Solve the ODE from noise to image. x_T: (b, c, h, w); y: (b,).
 
-    `keep`: numbers of Euler steps after which the state is kept (default: after each). For m of
-    them,
+    `keep`: numbers of Euler steps after which a state is kept (default: after each step). Returns,
+    for m of them,
 
-        states    (b, m + 1, c, h, w)   x_T, then the states; the last is the image
-        x0        (b, m, c, h, w)       the clean predictions x̂_0 of the steps that ended there
+        states    (b, m + 1, c, h, w)   x_T, then the state after each of these steps
+        x0        (b, m, c, h, w)       the clean prediction x̂_0 from which each was computed
 
-    At the last step both are the same image."""
+    After the last step α = 1 and σ = 0, so that state and prediction are the same image."""
     path = NOISE_PATHS[ode.noise_path]
     times = path.times(ode.euler_steps).to(x_T.device)
     keep = range(1, ode.euler_steps + 1) if keep is None else keep
@@ -235,6 +242,7 @@ def make_teacher(preset: Preset, dataset: data.Dataset) -> tuple[DiT, TeacherRec
             image_size=preset.data.image_size,
             channels=preset.data.channels,
             classes=len(dataset.classes),
+            text_width=dataset.prompts.width if dataset.prompts else 0,
             **parse_size(preset.size),
         )
     except ValueError as error:
@@ -248,7 +256,9 @@ def make_teacher(preset: Preset, dataset: data.Dataset) -> tuple[DiT, TeacherRec
         images=len(dataset),
         training=preset.teacher,
     )
-    return DiT(config), record
+    model = DiT(config)
+    model.prompts = dataset.prompts
+    return model, record
 
 
 def train_teacher(preset: Preset, file: Path, runtime: Runtime):
@@ -284,11 +294,13 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
 
 
 def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime, count=80):
-    """Write a sheet of the teacher's images, classes in turn. (Latents are no pictures:
-    nothing.)"""
+    """Write a sheet of the teacher's images, of its classes in turn. Latents and points are not
+    pictures, and for them nothing is written."""
     if record.model.channels not in (1, 3):
         return
-    y = torch.arange(count) % min(10, record.model.classes)
+    classes = record.model.classes
+    stride = max(1, classes // count)  # of thousands of captions, a few from everywhere
+    y = torch.arange(count) * stride % min(classes, max(10, count * stride))
     x_T, _ = data.noise_and_labels(record, record.training.seed, range(count))
     with runtime.autocast():
         x_T, y = x_T.to(runtime.device), y.to(runtime.device)

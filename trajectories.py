@@ -133,9 +133,9 @@ def choose_target_steps(kept_steps: tuple[int, ...], steps: int) -> tuple[int, .
 
 def choose_targets(record: TrajectoryRecord, student: StudentSettings) -> tuple[int, ...]:
     """choose_target_steps. Raises UserError, too, where what the student learns is not kept."""
-    if record.keep not in (student.trajectory, "both"):
+    if record.keep not in (student.targets, "both"):
         raise UserError(
-            f"of these trajectories only the {record.keep} are kept: use --trajectory "
+            f"of these trajectories only the {record.keep} are kept: use --targets "
             f"{record.keep}, or write others, trajectories.py --keep both"
         )
     return choose_target_steps(record.kept_steps, student.steps)
@@ -163,7 +163,7 @@ class Trajectories:
         self.target_steps = choose_targets(record, student)
         self.seed = record.seed
         self.count = count
-        self.column = student.trajectory
+        self.column = student.targets
         self.targets = [record.kept_steps.index(step) for step in self.target_steps]
         self.shards = Shards(folder, record.dtype, ceil(count / SHARD))
 

@@ -81,7 +81,7 @@ SAMPLES = 256  # for exposure bias and shuffled histories
 
 def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
     """{factor: its rows, each a dict of changes to the baseline}. `depth`: the network's layers."""
-    kinds = [dict(trajectory=trajectory, output=output) for trajectory, output in KINDS]
+    kinds = [dict(targets=targets, output=output) for targets, output in KINDS]
     guidance_scale = baseline.ode.guidance_scale
     count, iterations = baseline.trajectories.count, baseline.distillation.iterations
     return {

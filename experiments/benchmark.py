@@ -64,7 +64,7 @@ from training import accumulate_gradients, make_optimizer, micro_batches, update
 STUDENT = Student(
     ode=PUBLIC_DIT_ODE,
     target_steps=AUTHORS_TARGET_STEPS,
-    trajectory="x0",
+    targets="x0",
     output="state",
     timesteps=AUTHORS_TIMESTEPS,
 )

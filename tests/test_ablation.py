@@ -49,9 +49,9 @@ def test_a_row_and_its_control():
     ):
         students = pair(preset, baseline, changes)
         assert tuple(name_of(baseline, student) for student in students) == names
-    moved = change(baseline, dict(history="anchor", trajectory="x0"))
+    moved = change(baseline, dict(history="anchor", targets="x0"))
     names = [name_of(baseline, student) for student in pair(preset, moved, {})]
-    assert names == ["trajectory=x0,history_layers=0", "trajectory=x0,history=anchor"]
+    assert names == ["targets=x0,history_layers=0", "targets=x0,history=anchor"]
 
 
 @pytest.mark.parametrize("name", ["points", "shapes", "textures"])

@@ -164,7 +164,7 @@ def test_a_preset_holds_together(name):
     check_ode(preset.ode)
     assert preset.ode.noise_path in NOISE_PATHS
     assert preset.trajectories.kept_steps[-1] == preset.ode.euler_steps
-    assert preset.trajectories.keep in ("both", preset.student.trajectory)
+    assert preset.trajectories.keep in ("both", preset.student.targets)
     assert (preset.gan is None) == (preset.gan_training is None)
     assert preset.gan is None or isinstance(preset.gan, GAN)
 
@@ -183,7 +183,7 @@ def test_imagenet256_is_the_recipe_of_the_authors_code():
     assert preset.trajectories.kept_steps == AUTHORS_TARGET_STEPS == (10, 15, 20, 25)
     student = preset.student
     assert (student.steps, student.history, student.history_layers) == (4, "causal", 6)
-    assert (student.trajectory, student.output) == ("x0", "state")
+    assert (student.targets, student.output) == ("x0", "state")
     assert student.output_layer_per_step
     assert student.timesteps == tuple(999 * share for share in (1, 3 / 4, 1 / 2, 1 / 4))
     training = preset.distillation

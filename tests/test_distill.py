@@ -54,11 +54,11 @@ def test_the_worked_example_of_the_docstring():
 
     _, record = make_student(random_dit(), TEACHER, SETTINGS, Trajectories(), TRAINING)
     student = record.student
-    assert docstring_row("Euler steps taken") == [0, *student.target_steps] == [0, 6, 12, 18, 24]
+    assert docstring_row("after Euler steps") == [0, *student.target_steps] == [0, 6, 12, 18, 24]
     times = student_times(student).tolist()
     assert docstring_row("time t") == times == [1, 0.75, 0.5, 0.25, 0]
     timesteps = list(student.timesteps)
-    assert docstring_row("network is given timestep") == timesteps == [1000, 750, 500, 250]
+    assert docstring_row("timestep for the network") == timesteps == [1000, 750, 500, 250]
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_the_record_says_where_a_student_comes_from():
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (dict(trajectory="x0"), "use --output state, or --trajectory states"),
+        (dict(targets="x0"), "use --output state, or --targets states"),
         (dict(timesteps=(1.0,)), "1 timesteps are given for 4 steps"),
         (dict(history_layers=7), "7 history layers: the network has 6"),
         (dict(history="future"), "no history 'future'"),

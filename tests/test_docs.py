@@ -36,24 +36,24 @@ SUMMARY = {  # a row: (its file, its control, itself)
     "points: x0 predictions, N = 6 of 6": ("ablation-points", "baseline, N = 0", "baseline"),
     "points: states, direction, N = 6 of 6": (
         "ablation-points",
-        "trajectory = states, output = direction, N = 0",
-        "trajectory = states, output = direction",
+        "targets = states, output = direction, N = 0",
+        "targets = states, output = direction",
     ),
     "points: states, state, N = 6 of 6": (
         "ablation-points",
-        "trajectory = states, output = state, N = 0",
-        "trajectory = states, output = state",
+        "targets = states, output = state, N = 0",
+        "targets = states, output = state",
     ),
     "shapes: states, direction, N = 1 of 6": ("ablation-shapes", "baseline, N = 0", "baseline"),
     "shapes: states, state, N = 1 of 6": (
         "ablation-shapes",
-        "trajectory = states, output = state, N = 0",
-        "trajectory = states, output = state",
+        "targets = states, output = state, N = 0",
+        "targets = states, output = state",
     ),
     "shapes: x0 predictions, N = 6 of 6": (
         "ablation-shapes",
-        "trajectory = x0, output = state, N = 0",
-        "trajectory = x0, output = state, history_layers = 6",
+        "targets = x0, output = state, N = 0",
+        "targets = x0, output = state, history_layers = 6",
     ),
     "the same, four times the iterations, twice the trajectories": (
         "ablation-shapes-clean-long",

@@ -190,7 +190,7 @@ def test_exposure_bias_starts_at_zero():
     wrong = (truth[:, 3] - 0.25 * last - truth[:, 4]).square().mean().item()
     assert errors["teacher"][3] == pytest.approx(wrong, rel=1e-5)
 
-    student = replace(record.student, trajectory="x0", output="state")
+    student = replace(record.student, targets="x0", output="state")
     truth = teacher_trajectory(teacher, student, x_T, y)
     torch.testing.assert_close(truth, torch.cat([x_T[:, None], x0[:, 1::2]], dim=1))
     errors = exposure_bias(model, student, truth, y)
@@ -532,7 +532,7 @@ def test_which_students_are_compared():
     students = {
         "ARD": student_of(teacher),
         "step distillation": student_of(teacher, history_layers=0),
-        "x0": student_of(teacher, history_layers=0, trajectory="x0", output="state"),
+        "x0": student_of(teacher, history_layers=0, targets="x0", output="state"),
     }
     rows = {
         "ARD, 4 steps (reads its history)": dict(above=2.0, chance=0.1),

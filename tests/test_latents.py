@@ -238,7 +238,7 @@ def test_a_teacher_learns_latents_and_its_samples_are_decoded(place, vae_folder,
     assert json.loads((place / "z" / "files.json").read_text())["bee/024.png"] == 1
     small = "--image-size 4 --size N/2 --batch 4 --iterations 2 --euler-steps 5"
     run(monkeypatch, teacher, f"--preset imagenet256 --data z --out run {small}")
-    flags = f"--vae {vae_folder} --count 3 --npz --trajectory --out s"
+    flags = f"--vae {vae_folder} --count 3 --npz --draw-trajectory --out s"
     run(monkeypatch, sample, f"run/teacher.pt {flags}")
     assert np.load(place / "s/samples.npz")["arr_0"].shape == (3, 32, 32, 3)
     assert Image.open(place / "s/trajectory.png").size[1] > 6 * 32

@@ -105,7 +105,7 @@ def pixels(folder):
 
 
 def test_files(student_file, tmp_path, monkeypatch):
-    flags = ("--npz", "--png", "--trajectory", "--out", tmp_path / "a")
+    flags = ("--npz", "--png", "--draw-trajectory", "--out", tmp_path / "a")
     run(monkeypatch, student_file, "--count", 6, "--labels", "dog", 0, *flags)
     images = np.load(tmp_path / "a/samples.npz")["arr_0"]
     assert images.shape == (6, 8, 8, 3) and images.dtype == np.uint8 and images.std() > 10
@@ -128,7 +128,7 @@ def test_a_teacher_is_sampled_with_the_ode_that_was_asked_for(tmp_path, monkeypa
     weights = random_dit().state_dict()
     export(tmp_path / "teacher.pt", "teacher", asdict(TEACHER), weights)
     for euler_steps in (8, 3):
-        flags = ("--euler-steps", euler_steps, "--trajectory", "--count", 2)
+        flags = ("--euler-steps", euler_steps, "--draw-trajectory", "--count", 2)
         run(monkeypatch, tmp_path / "teacher.pt", *flags, "--out", tmp_path / "a")
         rows = euler_steps + 1 + euler_steps
         assert Image.open(tmp_path / "a/trajectory.png").height == rows * 68 + 4

@@ -52,8 +52,8 @@ def with_ode(**changes):
     return replace(RECORD, ode=replace(RECORD.ode, **changes))
 
 
-def student(steps: int, trajectory="states"):
-    return replace(SETTINGS, steps=steps, trajectory=trajectory)
+def student(steps: int, targets="states"):
+    return replace(SETTINGS, steps=steps, targets=targets)
 
 
 def by_hand(teacher, count=24):
@@ -120,7 +120,7 @@ def test_what_is_kept_can_be_chosen(teacher, tmp_path, keep, other):
     size = (tmp_path / "some" / "00000.npy").stat().st_size
     size_of_whole = (tmp_path / "whole" / "00000.npy").stat().st_size
     assert size / size_of_whole == pytest.approx(4 / 17, rel=0.02)  # states of a trajectory
-    with pytest.raises(UserError, match=f"only the {keep} are kept: use --trajectory {keep}, or"):
+    with pytest.raises(UserError, match=f"only the {keep} are kept: use --targets {keep}, or"):
         Trajectories(tmp_path / "some", own_some, student(3, other), 24)
 
 

@@ -35,7 +35,7 @@ TEACHER = TeacherRecord(
     images=1,
     training=TRAINING,
 )
-SETTINGS = StudentSettings(steps=4, trajectory="states", output="direction", history_layers=2)
+SETTINGS = StudentSettings(steps=4, targets="states", output="direction", history_layers=2)
 
 
 def random_weights(model: torch.nn.Module, seed=0, std=0.08) -> torch.nn.Module:

@@ -1,0 +1,251 @@
+"""Text: captions become sequences of vectors, which a network reads by cross-attention.
+
+How a caption reaches an image:
+
+    "a red star"                              a prompt, one of a list
+      → an encoder            (l, d)          a vector for each word, or token; zeros fill up behind
+      → DiT.text_embedder     (l, width)      a small MLP
+      → CrossAttention        in every layer, each token of each state reads all of these vectors
+
+Wherever a class network has the number of a class, a text network has the *number of a prompt* in a
+list, `Prompts`. So sampling, guidance, trajectories and distillation are the same for both. Number −1
+is the empty prompt, which guidance subtracts.
+
+There are two encoders:
+
+    words    for the scenes of scenes.py: a fixed random vector for each word, and sinusoids for its
+             place in the caption. Nothing is learned and nothing is downloaded.
+    T5       for the public networks. `transformers` encodes a file of prompts, one a line, once:
+
+                 python text.py --prompts FILE --encoder google/t5-v1_1-xxl --out DIR
+"""
+
+import difflib
+import hashlib
+import math
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from command_line import add_worker_flag, make_parser, positive_int, run_program
+from files import UserError, fingerprint, optional_import
+from machine import Progress, add_machine_flags, runtime_from
+from scenes import all_captions, caption_list
+from shards import SHARD, Shards, read_meta, start_shards, write_shard
+
+# ---- 1. Words ------------------------------------------------------------------------------------
+
+WORD_WIDTH, PLACE_WIDTH = 48, 16  # features of a word, and of its place
+TEXT_WIDTH = WORD_WIDTH + PLACE_WIDTH
+LONGEST_CAPTION = 8  # words: "a red star left of a blue ring"
+
+
+@lru_cache(maxsize=1)
+def vocabulary() -> list[str]:
+    """All words of the captions of scenes.py, sorted. The empty prompt is the word ""."""
+    words = {word for caption in all_captions() for word in caption.split()}
+    return ["", *sorted(words)]
+
+
+def places(length: int) -> np.ndarray:
+    """Sinusoids that tell the places 0 … length − 1 apart, (length, PLACE_WIDTH)."""
+    half = PLACE_WIDTH // 2
+    omega = 100.0 ** -(np.arange(half) / half)
+    angles = np.arange(length)[:, None] * omega
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def encode_words(caption: str, length: int) -> np.ndarray:
+    """A caption as vectors, (length, TEXT_WIDTH); rows behind its last word are zero. Raises
+    UserError for a word that is in no caption of scenes.py, and prints a note where words beyond
+    `length` are left out."""
+    words = caption.lower().replace(",", " ").replace(".", " ").split() or [""]
+    known = vocabulary()
+    for word in words:
+        if word not in known:
+            near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[1:])}"
+            raise UserError(f"the word {word!r} of the prompt {caption!r} is unknown: {hint}")
+    if len(words) > length:
+        print(f"note: the prompt {caption!r} is cut after {length} words")
+        words = words[:length]
+    vectors = np.zeros((length, TEXT_WIDTH), np.float32)
+    for i, word in enumerate(words):
+        rng = np.random.default_rng(known.index(word))
+        vectors[i, :WORD_WIDTH] = rng.standard_normal(WORD_WIDTH)
+    vectors[: len(words), WORD_WIDTH:] = places(len(words))
+    return vectors
+
+
+@lru_cache(maxsize=1)
+def scene_prompts() -> "Prompts":
+    """The captions from which scenes.py draws its training images."""
+    return Prompts([str(caption) for caption in caption_list()], LONGEST_CAPTION)
+
+
+# ---- 2. Prompts ----------------------------------------------------------------------------------
+
+
+class Prompts:
+    """Encoded prompts in memory. prompts[y] are those with the numbers y, a tensor (b,): vectors
+    (b, l, text width), on the device of y. Number −1 is the empty prompt."""
+
+    def __init__(self, texts: list[str], length: int):
+        self.texts = list(texts)
+        vectors = [encode_words(text, length) for text in [*self.texts, ""]]
+        self.vectors = torch.from_numpy(np.stack(vectors))
+        self.width = TEXT_WIDTH
+
+    def __len__(self):
+        return len(self.texts)
+
+    def __getitem__(self, y):
+        if self.vectors.device != y.device:
+            self.vectors = self.vectors.to(y.device)
+        return self.vectors[y]
+
+    def __deepcopy__(self, memo):
+        return self  # a copy of a network reads the same prompts
+
+
+class EncodedPrompts:
+    """A folder of prompts that `write_prompts` has encoded, memory-mapped. As `Prompts`. Raises
+    UserError where the folder is missing, incomplete, or something else."""
+
+    def __init__(self, folder: str | Path):
+        meta = read_meta(folder)
+        if meta is None or meta.get("kind") != "prompts":
+            raise UserError(f"{folder} is no folder of encoded prompts: python text.py makes one")
+        self.count, self.width = meta["count"], meta["width"]
+        record = prompt_record(meta["length"], self.width)
+        self.shards = Shards(folder, record, number_of_shards(self.count + 1))
+        self.vectors = None
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, y):
+        rows = [self.row(int(i) % (self.count + 1)) for i in y]             # −1 is the last
+        return torch.from_numpy(np.stack(rows)).float().to(y.device)
+
+    def row(self, i: int) -> np.ndarray:
+        """(length, width), zero behind the last token."""
+        vectors = np.array(self.shards.value("vectors", i))
+        vectors[self.shards.value("tokens", i) :] = 0
+        return vectors
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def prompt_record(length: int, width: int) -> np.dtype:
+    """What a shard holds of a prompt: its tokens, and their vectors. (`label` is its number.)"""
+    return np.dtype([("label", "<i8"), ("tokens", "<i4"), ("vectors", "<f2", (length, width))])
+
+
+def number_of_shards(count: int) -> int:
+    return math.ceil(count / SHARD)
+
+
+# ---- 3. T5 ---------------------------------------------------------------------------------------
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a text file. Raises UserError where there are none."""
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts in {file}: {error}") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"{file} holds no prompts: write one a line")
+    if len(prompts) < len(lines):
+        print(f"note: {len(lines) - len(prompts)} empty lines of {file} are left out")
+    return prompts
+
+
+def load_t5(name: str, device):
+    """The tokenizer and the encoder of a T5, from a folder or by its name. Raises UserError where
+    they, or the package, are not to be had."""
+    transformers = optional_import("transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        encoder = transformers.T5EncoderModel.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no T5 encoder {name!r} ({reason}): name a folder with --encoder") from None
+    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode_t5(tokenizer, encoder, prompts: list[str], length: int):
+    """Prompts as vectors (b, length, width), and their numbers of tokens (b,)."""
+    whole = tokenizer(prompts)["input_ids"]
+    for prompt, ids in zip(prompts, whole, strict=True):
+        if len(ids) > length:
+            print(f"note: cut after {length} of {len(ids)} tokens: {prompt[:60]!r}")
+    batch = tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).to(encoder.device)
+    vectors = encoder(**batch).last_hidden_state                            # (b, length, width)
+    return vectors.float().cpu().numpy(), batch["attention_mask"].sum(dim=1).cpu().numpy()
+
+
+def write_prompts(file: Path, name: str, folder: Path, length: int, runtime, worker=(0, 1)):
+    """Encode the prompts of a file, and the empty prompt after them, into shards. Continues what is
+    there."""
+    prompts = read_prompts(file)
+    tokenizer, encoder = load_t5(name, runtime.device)
+    width = encoder.config.d_model
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    meta = dict(
+        kind="prompts",
+        prompts=digest,
+        encoder=fingerprint(encoder.state_dict()),
+        count=len(prompts),
+        length=length,
+        width=width,
+    )
+    record = prompt_record(length, width)
+    texts = [*prompts, ""]
+    todo = start_shards(folder, meta, record, number_of_shards(len(texts)), worker)
+    for number in Progress("encoding", todo, unit="prompts", size=SHARD):
+        mine = texts[number * SHARD : (number + 1) * SHARD]
+        encoded = []
+        for start in range(0, len(mine), 16):
+            encoded.append(encode_t5(tokenizer, encoder, mine[start : start + 16], length))
+        vectors, tokens = zip(*encoded, strict=True)
+        write_shard(
+            folder,
+            number,
+            record,
+            label=np.arange(number * SHARD, number * SHARD + len(mine)),
+            tokens=np.concatenate(tokens),
+            vectors=np.concatenate(vectors),
+        )
+
+
+# ---- 4. The program ------------------------------------------------------------------------------
+
+
+def main():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--prompts", type=Path, required=True, metavar="FILE", help="a text file, a prompt a line")
+    add("--encoder", required=True, help="T5 of transformers: a folder, or a name on its hub")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the vectors")
+    add("--length", type=positive_int, default=120, help="longest prompt, in tokens (default: 120)")
+    add_worker_flag(parser)
+    add_machine_flags(parser)
+    flags = parser.parse_args()
+    runtime = runtime_from(flags)
+    write_prompts(
+        flags.prompts, flags.encoder, flags.out, flags.length, runtime, flags.worker
+    )
+    print(f"{flags.out} holds {len(EncodedPrompts(flags.out)):,} prompts")
+
+
+if __name__ == "__main__":
+    run_program(main)
