@@ -6,17 +6,20 @@ import os
 import sys
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from files import UserError, export_file
+from files import UserError, export_file, one_line
 from machine import add_machine_flags, rank, wait_for_all, world_size
 
 
 def run_program(main):
-    """Run a script's main(), under torchrun as one of several processes. A UserError or Ctrl-C
-    ends it with one line and without a traceback; the exit status is 1 or 130."""
+    """Run a script's main(), under torchrun as one of several processes. A UserError, a lack of
+    memory or Ctrl-C ends it with one line and without a traceback; the exit status is 1 or 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # they may have been closed: 2>&-
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -26,11 +29,30 @@ def run_program(main):
         if world_size() > 1:
             wait_for_all()
             dist.destroy_process_group()
+            # DistributedDataParallel keeps threads of the group alive. At the usual end of Python
+            # they can abort the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder without write permission
         sys.exit(f"error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        sys.exit(
+            f"error: out of memory ({one_line(error)}). In training, --accumulate 4 (or more) and "
+            "--checkpointing need less; elsewhere, choose a smaller --batch or --count"
+        )
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Of the main memory, or of a GPU's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # what PyTorch says on a CPU
 
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:
@@ -53,14 +75,17 @@ def number(kind: type, least, most=None):
     """An int or a float from `least` on, up to `most` where that is given."""
     name = "whole number" if kind is int else "number"
     limits = f"from {least} up" if most is None else f"from {least} to {most}"
+    largest = 2**31 - 1 if most is None else most
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value <= (2**31 - 1 if most is None else most):
+        if value is None or not value >= least:  # (NaN is not)
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
+        if value > largest:
+            raise argparse.ArgumentTypeError(f"{text!r} is too large: at most {largest}")
         return value
 
     return parse
@@ -81,6 +106,21 @@ def worker(text: str) -> tuple[int, int]:
 
 
 # ---- Groups of flags -----------------------------------------------------------------------------
+
+
+def add_teacher_flags(parser):
+    """Which teacher: see find_teacher in pretrained.py."""
+    add = parser.add_argument
+    add("--teacher", dest="teacher_file", type=Path, metavar="FILE", help="its checkpoint")
+    add_teacher_kind(parser)
+
+
+def add_teacher_kind(parser):
+    parser.add_argument(
+        "--teacher-kind",
+        choices=("dit", "sit", "repa"),
+        help="what a published teacher is (default: recognised by its behaviour)",
+    )
 
 
 def add_training_flags(parser):

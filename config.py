@@ -17,6 +17,7 @@ back.
     shapes         16×16 procedural shapes: the preset that copies its teacher best
     shapes64       the same at 64×64: minutes on a GPU
     points         spirals in the plane: whole trajectories can be drawn on paper
+    scenes         small pictures with captions: text-to-image in miniature
     cifar10        a folder of images (--data), such as CIFAR-10: a GPU
     imagenet256    the paper's setting: DiT-XL/2 on latents of 256×256 images, public teacher
 """
@@ -176,6 +177,12 @@ class StudentSettings:
     output_layer_per_step: bool = False  # the authors' code; the paper speaks of one network
     timesteps: tuple[float, ...] | None = None  # default: those of the states' own times
 
+    @property
+    def reads_history(self) -> bool:
+        """As ModelConfig.reads_history."""
+        looks_back = self.history != "none" and self.history_layers > 0
+        return looks_back or self.noise_shortcut
+
 
 @dataclass(frozen=True)
 class GAN:
@@ -306,7 +313,7 @@ PRESETS = {
         student=StudentSettings(
             steps=4, targets="x0", output="state", history_layers=6, noise_shortcut=True
         ),
-        distillation=Training(iterations=600, batch=32, lr=2e-3, ema_decay=0.99, on_policy=1.0),
+        distillation=Training(iterations=1000, batch=16, lr=2e-3, ema_decay=0.99, on_policy=1.0),
     ),
     "shapes": Preset(
         data=DataConfig("shapes", image_size=16, channels=3),
@@ -339,6 +346,15 @@ PRESETS = {
         student=StudentSettings(steps=4, targets="x0", output="state", history_layers=6),
         distillation=Training(iterations=2000, batch=256, lr=1e-3, ema_decay=0.995),
         bf16=False,
+    ),
+    "scenes": Preset(
+        data=DataConfig("scenes", image_size=32, channels=3),
+        size="T/4",
+        ode=dataclasses.replace(FLOW_24, guidance_scale=2.0),
+        teacher=Training(iterations=60_000, batch=128, lr=1e-3, ema_decay=0.9995),
+        trajectories=TrajectorySettings(count=20_480, kept_steps=evenly(24, 12)),
+        student=COPY,
+        distillation=Training(iterations=4000, batch=64, lr=5e-4, ema_decay=0.995),
     ),
     "cifar10": Preset(
         data=DataConfig(None, image_size=32, channels=3, flip=True),

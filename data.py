@@ -24,6 +24,7 @@ import struct
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from math import ceil, pi, sqrt
 from pathlib import Path
@@ -33,9 +34,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.random import Generator, Philox
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from config import DataConfig, StudentRecord, TeacherRecord
+from config import DataConfig, Preset, StudentRecord, TeacherRecord, parse_size
 from files import UserError, replace_file
 from machine import Progress
 from scenes import caption_list, caption_weights, draw_scenes
@@ -44,6 +45,8 @@ from text import scene_prompts
 
 EVALUATION_SEED = 2**34  # of noises for evaluation: larger than any seed of a training
 SAMPLING_SEED = 2**35  # the first seed of sample.py
+DRAWN = ("textures", "shapes", "points", "scenes")  # data sets that are drawn by programs
+LEAST_IMAGES = 70  # for distances: a Gaussian in 64 features needs more than 64
 
 # ---- 1. Random numbers ---------------------------------------------------------------------------
 
@@ -283,7 +286,7 @@ def shapes(count: int, size: int = 16, seed: int = 0) -> Dataset:
 
 
 def captioned_scenes(count: int, seed: int = 0) -> Dataset:
-    """`count` scenes of scenes.py. Their classes are captions, and `prompts` holds these encoded."""
+    """`count` scenes of scenes.py. Their classes are captions; `prompts` holds these, encoded."""
     print(f"drawing {count:,} scenes")
     images, labels = draw_scenes(count, seed)
     weights = caption_weights(caption_list())
@@ -427,6 +430,69 @@ def read_images(paths: list[Path], size: int, channels: int):
         yield from pool.map(read, paths)
 
 
+def survey(root: Path, names) -> tuple[int, bool]:
+    """The smallest side of any image of a folder, in pixels, and whether all images are grey. (Files
+    that cannot be read are left to `read_image`, which names them.)"""
+    sides, modes = [], set()
+    for name in Progress("looking at images", list(names), unit="images"):
+        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            with Image.open(root / name) as image:
+                sides.append(min(image.size))
+                modes.add(image.mode)
+    return min(sides, default=0), modes <= {"1", "L", "LA", "I;16", "I;16B", "I;16L"}
+
+
+def note_unread(root: Path, classes: list[str]):
+    """Say which files of a folder of images are not read, because their names are not those of
+    images."""
+    unread = []
+    for folder in (root, *(root / name for name in classes)):
+        if folder.is_dir():
+            files = (file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+            unread += [file for file in files if file.suffix.lower() not in SUFFIXES]
+    if unread:
+        print(f"note: {len(unread):,} files in {root} are not read, such as {min(unread)}")
+
+
+def fit_to_images(preset: Preset, flags) -> Preset:
+    """The preset of a training on a folder of images. What no flag says follows from the images:
+
+    image_size        the preset's, or less where an image is smaller: whole patches
+    channels          1 where all images are grey, else 3
+    flip              no: mirror images of letters and digits are no letters and digits
+    guidance_scale    1, which is none, where there is one class only
+
+    Other presets are returned as they are. Prints what was chosen. `flags`: of teacher.py."""
+    source, size = preset.data.source, preset.data.image_size
+    if source is None or source in DRAWN or "vae" in (read_meta(source) or {}):
+        return preset
+    classes, files = list_images(Path(source))
+    note_unread(Path(source), classes)
+    side, is_grey = survey(Path(source), files)
+    if flags.image_size is None and side < size:
+        try:
+            patch = parse_size(preset.size)["patch"]
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        size = max(side // patch, 1) * patch
+    channels = flags.channels or (1 if is_grey else 3)
+    data = DataConfig(source, size, channels, flip=bool(flags.flip))
+    ode = preset.ode
+    if len(classes) == 1 and flags.guidance_scale is None:
+        ode = replace(ode, guidance_scale=1.0)
+        print("all images are of one class: no guidance (see --guidance-scale)")
+    print(
+        f"the smallest image has {side}×{side} pixels: training at {size}×{size} (see --image-size)"
+    )
+    held_out = sum(map(is_test, files))
+    if held_out < LEAST_IMAGES:
+        print(
+            f"note: {held_out} images are held out, and distances to real images need "
+            f"{LEAST_IMAGES}: evaluate.py --test DIR takes others"
+        )
+    return replace(preset, data=data, ode=ode)
+
+
 def choose_split(config: DataConfig, split: str, classes, labels, test):
     """The indices of those images of a folder that belong to a split, and the fraction of them in
     each class (see Dataset). labels and test: (N,), of all images. Prints what was chosen.
@@ -447,13 +513,15 @@ def choose_split(config: DataConfig, split: str, classes, labels, test):
         )
     named = [f"{name} {n:,}" for name, n in zip(classes[:5], counts, strict=False)]
     more = ", …" if len(classes) > 5 else ""
+    number = "1 class" if len(classes) == 1 else f"{len(classes):,} classes"
     kind = {1: "grey images", 3: "colour images"}.get(config.channels, "latents")
-    mirrored = ", mirrored at random" if config.flip and split == "train" else ""
+    mirrored = ", mirrored at random" if config.flip else ", not mirrored"
+    if split != "train" or kind == "latents":
+        mirrored = ""
     rest = {"train": "held out for testing", "test": "for training", "all": "left out"}[split]
     print(
         f"{config.source}: {total:,} {kind} of {config.image_size}×{config.image_size}{mirrored} "
-        f"({len(labels) - total:,} others are {rest}); {len(classes):,} classes: "
-        f"{', '.join(named)}{more}"
+        f"({len(labels) - total:,} others are {rest}); {number}: {', '.join(named)}{more}"
     )
     class_weights = ()
     if counts.min() != counts.max():
@@ -516,10 +584,10 @@ class Latents:
 def latent_folder(config: DataConfig, split: str, meta: dict) -> Dataset:
     """The latents of a folder that belong to a split. Raises UserError where some are missing."""
     try:
-        classes, shape, count = meta["classes"], meta["shape"], meta["shards"]
-    except KeyError as error:
-        raise UserError(f"{config.source}/meta.json is damaged: it has no {error}") from None
-    shards = Shards(config.source, latent_dtype(shape), count)
+        classes, shape = meta["classes"], meta["shape"]
+        shards = Shards(config.source, latent_dtype(shape), meta["shards"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{config.source}/meta.json is damaged ({error!r})") from None
     labels = shards.column("label")
     test = shards.column("is_test")
     indices, class_weights = choose_split(config, split, classes, labels, test)
@@ -532,6 +600,12 @@ def latent_folder(config: DataConfig, split: str, meta: dict) -> Dataset:
 
 
 # ---- 9. Any of them ------------------------------------------------------------------------------
+
+
+def data_source(text: str) -> str:
+    """For argparse: the name of a set that is drawn, or the full path of a folder, so that the same
+    folder is the same source however it was spelled."""
+    return text if text in DRAWN else str(Path(text).resolve())
 
 
 def load(
@@ -551,8 +625,7 @@ def load(
         raise UserError("this preset needs images: --data DIR, a folder with DIR/<class>/*.png")
     meta = read_meta(source) or {}
     is_latent = "vae" in meta
-    is_drawn = source in ("textures", "shapes", "points", "scenes")
-    if config.flip and (is_drawn or is_latent):
+    if config.flip and (source in DRAWN or is_latent):
         raise UserError(f"{source} cannot be mirrored, as folders of images can be: use --no-flip")
     count = count or (5_000 if split == "test" else 50_000)
     seed = 1 if split == "test" else 0
@@ -577,7 +650,7 @@ def load(
     return dataset
 
 
-# ---- 10. Pictures and files -----------------------------------------------------------------------
+# ---- 10. Pictures and files ----------------------------------------------------------------------
 
 
 def to_uint8(images):
@@ -599,6 +672,21 @@ def image_grid(images, columns: int, side: int = 64, gap: int = 4) -> Image.Imag
     sheet = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
     sheet = F.pad(sheet, (0, gap, 0, gap), value=1)
     return Image.fromarray(to_uint8(sheet))
+
+
+def captioned_grid(rows: dict, side: int = 64) -> Image.Image:
+    """One picture of rows of images, {caption: (n, c, h, w)}, each under its caption."""
+    grids = {text: image_grid(images, len(images), side) for text, images in rows.items()}
+    line = 18  # pixels, for a caption
+    width = max(grid.width for grid in grids.values())
+    height = sum(grid.height + line for grid in grids.values())
+    page = Image.new("RGB", (max(width, 300), height), "white")
+    pen, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), 0
+    for text, grid in grids.items():
+        pen.text((4, top + 2), text, fill="black", font=font)
+        page.paste(grid, (0, top + line))
+        top += grid.height + line
+    return page
 
 
 def write_npz(file: Path, count: int, batches):

@@ -1,7 +1,7 @@
 """AutoRegressive Distillation: the student's loss and training (CVPR 2025, arXiv 2504.11295).
 
 The teacher's ODE leads from noise x_T to an image in many small steps. The student covers the same
-way in S large steps. *Step distillation* trains it on the teacher's states, to map each of them to
+path in S large steps. *Step distillation* trains it on the teacher's states, to map each of them to
 the next,
 
     x_{τ_s}  →  x_{τ_{s−1}},        s = S, …, 1
@@ -29,33 +29,38 @@ One training pass reads the four states as one sequence, under the causal mask o
 computes all four next states at once. The states that it reads are the teacher's. As with language
 models, this is called *teacher forcing*.
 
-Does teacher forcing teach a student to read x_T? That depends on the targets, which are the first
-of three choices.
+The first of three choices is what the sequence consists of, both what is read and what is the
+target. On it depends whether teacher forcing teaches a student to read x_T.
 
-    targets     "states": the states x_τ of the ODE, as in the paper's figure. Each determines all
-                later ones, so that the current state is enough as long as it is right.
-                "x0": the teacher's clean predictions x̂_0 at these states, as in the authors' code.
-                The first of them are nearly the mean of all images. They have lost what x_T says,
-                and a student without history cannot know which image it was making.
-    output      what the network puts out, see sample.next_state
+    targets     "states": the states x_τ of the ODE, as in the figure of the paper. Teacher forcing
+                hardly teaches it: each state determines all later ones, and the current state is
+                always right.
+                "x0": in the place of each state x_τ, the clean prediction x̂_0 from which the
+                teacher's last Euler step computed it, as in the authors' code. The first of these
+                are nearly the mean image of a class. They have lost what x_T says, so that only
+                x_T tells which image is being made. (We go on calling them "states".)
+    output      what the network puts out: see sample.next_state
     on_policy   for this fraction of each batch, the student reads states that it has made itself,
                 from the same x_T. The targets stay the teacher's, so that the student must learn
                 to correct its own errors, for which it needs x_T. (Ours. DAgger, arXiv 1011.0686,
                 is alike, but asks the teacher again at each state that the student visits.)
 
-The default preset, `textures`, takes clean predictions and trains on-policy: there the history
-matters most. `shapes` takes states and a direction, which copies the teacher best.
+The default preset, `textures`, learns clean predictions after 2, 8, 16 and 24 Euler steps, wholly
+on-policy, since there the history matters most. `shapes` learns states with a direction, teacher
+forced, which copies the teacher best.
 
-The student needs no guidance, and so a single network evaluation for each step: its targets were
-made with guidance, and contain it.
+The student needs no guidance, so that each step is a single network evaluation: if the teacher was
+guided, its states already contain the guidance.
 
     python distill.py                    distils the shipped teacher into a student with history and
                                          one without, and compares them, in minutes
     python distill.py --preset shapes    another preset
     python distill.py --help             all that can be changed
 
-Results go into runs/PRESET: student.pt, no-history.pt, result.json and pictures. Trajectories are
-written into runs/PRESET/trajectories unless they are there. An interrupted run is continued.
+Results go into runs/PRESET, or the folder --out: student.pt, no-history.pt, result.json and
+pictures. If that folder holds a teacher.pt, this is the teacher, and its trajectories are written
+beside it. Otherwise they are written into runs/PRESET/trajectories, and the teacher is the one in
+runs/PRESET or, failing that, the shipped one. An interrupted run is continued.
 """
 
 import argparse
@@ -66,6 +71,7 @@ import torch
 
 import data
 from command_line import (
+    add_teacher_flags,
     add_training_flags,
     fraction,
     make_parser,
@@ -97,16 +103,17 @@ from trajectories import Trajectories, open_trajectories
 
 
 def ard_loss(model, student: Student, trajectory, y, on_policy: float = 0.0):
-    """The squared error ‖ x̂_{τ_{s−1}} − x_{τ_{s−1}} ‖², averaged over the S steps (paper, Sec. 3.2),
-    the samples and the pixels.
+    """The squared error ‖ x̂_{τ_{s−1}} − x_{τ_{s−1}} ‖², averaged over the S steps (paper, Sec.
+    3.2), the samples and the pixels.
 
     trajectory: (b, S + 1, c, h, w), the teacher's, x_T first; y: (b,). The student reads the first
     S entries and its targets are the last S: the same sequence, one step ahead. For a fraction
     `on_policy` of the samples it reads states that it has made itself.
 
     If the output is a direction v̂ of flow matching, the error of a step is (t_next − t)·(v̂ − v),
-    where v is the mean direction of the teacher between its two states. So the loss weighs the
-    error of a direction by (t_next − t)²: equally, if the steps are equally long."""
+    where v is the direction from the state that was read to the target. So the loss weighs the
+    errors of directions by (t_next − t)², which is the same for all steps if they are equally
+    long."""
     history, target = trajectory[:, :-1], trajectory[:, 1:]                 # (b, S, c, h, w) each
     count = round(on_policy * len(trajectory))
     if count:
@@ -216,8 +223,10 @@ def distill(
 
     config = record.model
     reads = f"{config.history} history in {config.history_layers} of {config.depth} layers"
-    if not config.reads_history:
+    if config.history == "none" or config.history_layers == 0:
         reads = "no history"
+    if config.noise_shortcut:
+        reads += " and the noise shortcut"
     print(
         f"distilling into {record.student.steps} steps with {reads}: {training.iterations:,} "
         f"iterations of {training.batch} on {runtime.device} in {runtime.precision}, into {file}"
@@ -256,7 +265,7 @@ def parse_flags():
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="textures", help="sets everything (default: textures)")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
-    add("--teacher", dest="teacher_file", type=Path, metavar="FILE", help="its checkpoint")
+    add_teacher_flags(parser)
     add("--trajectories", dest="folder", type=Path, metavar="DIR", help="read or written there")
     add("--no-control", action="store_true", help="train no second student without history")
     add_student_flags(parser)
@@ -272,24 +281,28 @@ def main():
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
     runs = Path("runs") / flags.preset
     out = output_folder(flags.out or runs)
-    teacher, teacher_record = find_teacher(flags.teacher_file, flags.preset, out, runtime.device)
-    # A preset's timesteps are for its own number of steps and its own noise path. Otherwise they
-    # follow from the times of the states.
+    teacher, teacher_record = find_teacher(
+        flags.teacher_file, flags.preset, out, runtime.device, flags.teacher_kind
+    )
+    # A preset's timesteps are for its own number of steps and its own noise path. For others,
+    # make_student derives them from the times of the states.
     usual = PRESETS[flags.preset]
     same_path = teacher_record.ode.noise_path == usual.ode.noise_path
     if settings.steps != usual.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
+    home = out if (out / "teacher.pt").exists() else runs
     trajectories = open_trajectories(
         teacher,
         teacher_record,
         preset.trajectories,
         settings,
-        flags.folder or runs / "trajectories",
+        flags.folder or home / "trajectories",
         runtime,
     )
-    students = {"ARD": (out / "student.pt", settings)}
-    without = replace(settings, history_layers=0, noise_shortcut=False)
-    if settings != without and not flags.no_control:
+    name = "ARD" if settings.reads_history else "step distillation"
+    students = {name: (out / "student.pt", settings)}
+    if settings.reads_history and not flags.no_control:
+        without = replace(settings, history_layers=0, noise_shortcut=False)
         students["step distillation"] = (out / "no-history.pt", without)
     trained, losses = {}, {}
     for name, (file, chosen) in students.items():
@@ -299,7 +312,7 @@ def main():
     if rank() > 0:
         return
     if flags.export:
-        ema, record = trained["ARD"]
+        ema, record = next(iter(trained.values()))
         export(flags.export, "student", asdict(record), ema.state_dict())
     report(teacher, trained, losses, out, runtime)
 

@@ -40,11 +40,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
-from matplotlib.figure import Figure
 from torch import nn
 
 import data
-from command_line import make_parser, non_negative_int, positive_int, run_program
+from command_line import (
+    add_teacher_kind,
+    make_parser,
+    non_negative_int,
+    positive_int,
+    run_program,
+)
 from config import (
     HISTORIES,
     ODE,
@@ -55,12 +60,12 @@ from config import (
     Training,
     parse_size,
 )
+from figures import draw_curves, draw_losses, new_figure, save_figure
 from files import (
     UserError,
     fingerprint,
     load_checkpoint,
     load_weights,
-    output_file,
     output_folder,
     replace_file,
     save_json,
@@ -73,9 +78,8 @@ from sample import few_step, next_state, predict_all, student_times
 from teacher import solve
 from training import learning_rate, make_optimizer
 
-REPORT_IMAGES = 2000  # of each method, at the end of a training
+REPORT_IMAGES = 1000  # of each method, at the end of a training
 FEATURES = 64  # of the classifier
-LEAST_IMAGES = 70  # a Gaussian in 64 features needs more than 64
 ERROR_IMAGES = 256  # of each method, where only errors are measured
 RESAMPLES = 20  # for `chance`
 EXPOSURE_SAMPLES = 128
@@ -348,10 +352,11 @@ class Evaluator:
         check_classes(classes, train_set, held_out)
         self.count = min(self.count, len(train_set))  # as many images in all rows
         self.real_images, real_labels = held_out.some(self.count)
-        if len(self.real_images) < LEAST_IMAGES or self.count < LEAST_IMAGES:
+        if min(len(self.real_images), self.count) < data.LEAST_IMAGES:
             raise UserError(
-                f"distances need at least {LEAST_IMAGES} images of each kind: here are "
-                f"{len(self.real_images):,} held-out real images, and {self.count:,} to compare"
+                f"distances need at least {data.LEAST_IMAGES} images of each kind: here are "
+                f"{len(self.real_images):,} held-out real images (--test DIR takes others), and "
+                f"{self.count:,} to compare"
             )
         self.classifier = shipped or find_classifier(train_set, config, self.runtime)
         self.real, predicted = features(self.classifier, self.real_images)
@@ -646,16 +651,6 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """A figure of that many inches, and its panels, an array (rows, columns)."""
-    figure = Figure((width, height), layout="tight")
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def save_figure(figure: Figure, file: Path):
-    figure.savefig(output_file(file), dpi=110, bbox_inches="tight")
-
-
 def draw_images(images: dict[str, torch.Tensor], file: Path):
     """A row of images (b, c, h, w) for each label."""
     rows = list(images.values())
@@ -704,18 +699,6 @@ def draw_samples(methods: dict[str, Method], evaluator: Evaluator, file: Path):
         draw_images({label: sample[:, -1] for label, sample in states.items()}, file)
 
 
-def draw_curves(curves: list[tuple], file: Path, **words):
-    """Curves (x, y, format, label), y on a logarithmic axis. `words`: title, xlabel and ylabel."""
-    figure, axes = new_figure(6.5, 4.2)
-    axis = axes[0, 0]
-    for x, y, style, label in curves:
-        axis.plot(x, y, style, label=label)
-    axis.set(yscale="log", **words)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize=8)
-    save_figure(figure, file)
-
-
 def draw_exposure(errors: dict[str, dict], file: Path):
     """errors: {name: those of `exposure_bias`}."""
     curves = []
@@ -730,15 +713,6 @@ def draw_exposure(errors: dict[str, dict], file: Path):
         xlabel="step",
         ylabel="mean squared error to the teacher's next state",
     )
-
-
-def draw_losses(losses: dict[str, list], file: Path):
-    """losses: {name: [(iteration, mean loss, …), …]}."""
-    curves = []
-    for i, (name, entries) in enumerate(losses.items()):
-        iterations, values, *_ = zip(*entries, strict=True)
-        curves.append((iterations, values, f"C{i}", name))
-    draw_curves(curves, file, title="Training", xlabel="iteration", ylabel="loss")
 
 
 def draw_attention(shares: dict[str, list], file: Path):
@@ -863,7 +837,9 @@ def find_students(runs: list[Path], device) -> dict:
     return students
 
 
-def find_teacher_of(record: StudentRecord, run: Path, file: Path | None, device):
+def find_teacher_of(
+    record: StudentRecord, run: Path, file: Path | None, device, teacher_kind: str | None = None
+):
     """The teacher of a student: `file`, or else one with the right weights beside the student, in
     runs/ or in assets/. Raises UserError where there is none, or `file` is another one."""
     places = [file]
@@ -873,7 +849,7 @@ def find_teacher_of(record: StudentRecord, run: Path, file: Path | None, device)
         places += ASSETS.glob("*-teacher.pt")
     for place in places:
         try:
-            model, _ = load_network(place, "teacher", device=device)
+            model, _ = load_network(place, "teacher", device=device, teacher_kind=teacher_kind)
         except UserError:
             if file is not None:
                 raise
@@ -892,8 +868,10 @@ def parse_flags():
     shipped = ASSETS / "textures-student.pt"
     add("runs", type=Path, nargs="*", default=[shipped], metavar="RUN", help="folders or students")
     add("--teacher", type=Path, metavar="FILE", help="checkpoint (default: found by its weights)")
-    add("--data", metavar="DIR", help="the data set, if it is not where the teacher saw it")
-    add("--test", metavar="DIR", help="real images to compare with (default: the held-out ones)")
+    add_teacher_kind(parser)
+    folder = dict(metavar="DIR", type=data.data_source)
+    add("--data", **folder, help="the data set, if it is not where the teacher saw it")
+    add("--test", **folder, help="real images to compare with (default: the held-out ones)")
     add("--count", type=positive_int, default=5000, help="images of each method (default: 5000)")
     add("--out", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
     group = parser.add_argument_group("the cost of reading a history, by count, and nothing else")
@@ -915,7 +893,9 @@ def main():
     runtime, out = runtime_from(flags), output_folder(flags.out)
     students = find_students(flags.runs, runtime.device)
     _, record = next(iter(students.values()))
-    teacher = find_teacher_of(record, flags.runs[0], flags.teacher, runtime.device)
+    teacher = find_teacher_of(
+        record, flags.runs[0], flags.teacher, runtime.device, flags.teacher_kind
+    )
     evaluator = Evaluator(
         teacher,
         record,

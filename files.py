@@ -35,7 +35,8 @@ class UserError(Exception):
 
 
 def output_folder(path: str | Path) -> Path:
-    """Make a folder and its parents. Raises UserError where a file stands in its place."""
+    """Make a folder and its parents. Raises UserError where a file stands in its place, and where
+    nothing can be written into it."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -43,6 +44,8 @@ def output_folder(path: str | Path) -> Path:
         raise UserError(
             f"{path} cannot be a folder: it, or a part of its path, is a file. Choose another one"
         ) from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"nothing can be written into the folder {path}: choose another one")
     return path
 
 
@@ -95,17 +98,24 @@ def first_difference(there: dict, here: dict) -> str:
     return f"{key} is {str(a)[:100]} there and {str(b)[:100]} here"
 
 
-def optional_import(name: str):
-    """A module of a package that only some programs need. Raises UserError where it is missing."""
+def optional_import(name: str, install: str = "-r requirements-imagenet.txt"):
+    """A module of a package that only some programs need. Raises UserError where it is missing, and
+    where it is there but broken. `install`: what pip has to install."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        missing = error.name or name  # maybe a package that the wanted one needs
+    except Exception as error:  # a package made for another PyTorch raises all sorts of exceptions
+        is_missing = isinstance(error, ModuleNotFoundError)
+        missing = error.name if is_missing else name  # maybe a package that the wanted one needs
         package = missing.partition(".")[0].replace("_", "-")
-        reason = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
+        broken = "" if is_missing else f", which is there but broken ({one_line(error)})"
         raise UserError(
-            f"this needs the package {package}{reason}: pip install -r requirements-imagenet.txt"
+            f"this needs the package {package}{broken}: pip install {install}"
         ) from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---- 2. Checkpoints ------------------------------------------------------------------------------
@@ -156,14 +166,19 @@ def load_weights(module: torch.nn.Module, weights: dict, path):
         raise UserError(f"{path} holds the weights of another network: {reason}") from None
 
 
+def check_finite(weights: dict, path):
+    """Raises UserError that names the first weight with a value that is not a finite number."""
+    for name, value in weights.items():
+        if not torch.is_tensor(value) or not value.isfinite().all():
+            raise UserError(f"{path} is damaged: {name} holds values that are not finite numbers")
+
+
 def export_file(path: str | Path) -> Path:
-    """The path for an exported network. Raises UserError where that would overwrite a training."""
+    """The path for an exported network. Raises UserError where a file is there: nothing is
+    overwritten."""
     path = output_file(path)
-    content = {}
-    with suppress(UserError):  # nothing is there, or another file
-        content = read_checkpoint(path)
-    if "optimizer" in content:
-        raise UserError(f"{path} holds a training: export to another file")
+    if path.exists():
+        raise UserError(f"{path} is there already: export to another file, or remove it")
     return path
 
 

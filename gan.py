@@ -46,6 +46,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 import data
 import training
 from command_line import (
+    add_teacher_flags,
     add_training_flags,
     fraction,
     make_parser,
@@ -65,7 +66,8 @@ from config import (
     override_parts,
 )
 from distill import own_history
-from evaluate import check_classes, new_figure, report, save_figure
+from evaluate import check_classes, report
+from figures import new_figure, save_figure
 from files import (
     UserError,
     export,
@@ -452,7 +454,7 @@ def train_gan(
     todo = range(trainer.iteration, settings.iterations)
     progress = Progress("GAN", todo, start=todo.start, unit="images", size=settings.batch)
     clock = training.SaveClock(save_seconds)
-    with training.interrupts() as interrupted:
+    with training.only_training(file), training.interrupts() as interrupted:
         for iteration in progress:
             trainer.step(draw_batch(trajectories, dataset, settings, iteration))
             stop = training.any_process(interrupted(), device)
@@ -492,9 +494,9 @@ def parse_flags():
     add("--preset", choices=with_gan, default="shapes", help="sets everything (default: shapes)")
     add("--from", dest="first", type=Path, metavar="FILE", help="default: runs/PRESET/student.pt")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET-gan)")
-    add("--teacher", type=Path, metavar="FILE", help="its teacher's checkpoint")
+    add_teacher_flags(parser)
     add("--trajectories", type=Path, metavar="DIR", help="read or written there")
-    add("--data", dest="source", help="the real images, if they have moved")
+    add("--data", dest="source", type=data.data_source, help="the real images, if moved")
     add = parser.add_argument_group("the GAN loss").add_argument
     add("--weight", type=non_negative, help="factor of λ; 0: no GAN loss")
     add("--warmup", type=non_negative_int, help="first iterations, without a GAN loss")
@@ -528,6 +530,8 @@ def main():
     flags = parse_flags()
     preset = override_parts(PRESETS[flags.preset], flags, "gan", "gan_training")
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
+    if runtime.dtype == torch.float16:  # λ needs gradients that no scaler has touched
+        runtime = replace(runtime, dtype=torch.float32)
     check_settings(preset.gan, preset.gan_training, runtime)
     runs = Path("runs") / flags.preset
     out = output_folder(flags.out or f"{runs}-gan")
@@ -537,7 +541,10 @@ def main():
             f"no student at {file}: python distill.py --preset {flags.preset} makes one, and "
             "--from names another"
         )
-    teacher, teacher_record = find_teacher(flags.teacher, flags.preset, runs, runtime.device)
+    home = file if file.is_dir() else file.parent
+    teacher, teacher_record = find_teacher(
+        flags.teacher_file, flags.preset, home, runtime.device, flags.teacher_kind
+    )
     first, record = load_network(file, "student", device=runtime.device)
     students = {"R": (first, record)}
     check_student(record, teacher)
@@ -545,7 +552,8 @@ def main():
     record = replace(record, data=source, gan=preset.gan, gan_training=preset.gan_training)
     dataset = data.load(record.data)
     check_classes(record.classes, dataset)
-    folder = flags.trajectories or runs / "trajectories"
+    home = home if (home / "trajectories").exists() else runs
+    folder = flags.trajectories or home / "trajectories"
     trajectories = open_same_trajectories(
         record, teacher, teacher_record, preset, folder, runtime
     )

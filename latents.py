@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from command_line import add_worker_flag, make_parser, positive_int, run_program
-from data import is_test, latent_dtype, list_images, read_images, stream
-from files import UserError, fingerprint, optional_import, save_json
+from data import is_test, latent_dtype, list_images, note_unread, read_images, stream
+from files import UserError, check_finite, fingerprint, one_line, optional_import, save_json
 from machine import Progress, Runtime, add_machine_flags, runtime_from, wait_for_all
 from shards import SHARD, read_json, start_shards, write_shard
 
@@ -35,13 +35,14 @@ CHANNELS = 4
 
 def load_vae(name: str, device):
     """An autoencoder of `diffusers`: a folder, or a name on the Hugging Face hub. Raises UserError
-    where it is missing, not whole, or has other than 4 channels."""
-    kind = optional_import("diffusers").AutoencoderKL
+    where it is missing, not whole, or something else, or has other than 4 channels."""
+    kind = optional_import("diffusers.models.autoencoders.autoencoder_kl").AutoencoderKL
     try:
         vae, found = kind.from_pretrained(name, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise UserError(f"no autoencoder {name!r} ({reason}): name a folder with --vae") from None
+    except Exception as error:  # of several types, for a damaged folder or a wrong one
+        raise UserError(
+            f"no autoencoder {name!r} ({one_line(error)}): name a folder with --vae"
+        ) from None
     if found["missing_keys"]:
         raise UserError(
             f"the autoencoder {name!r} is not whole: it has no {min(found['missing_keys'])}"
@@ -51,6 +52,7 @@ def load_vae(name: str, device):
             f"the latents of {name!r} have {vae.config.latent_channels} channels, and DiT's have "
             f"{CHANNELS}: choose another --vae"
         )
+    check_finite(vae.state_dict(), name)
     return vae.float().to(device).eval().requires_grad_(False)
 
 
@@ -104,7 +106,7 @@ def make_meta(vae, root: Path, image_size: int, flip: bool, classes: list[str], 
             f"allow: choose an --image-size that is a multiple of {factor}"
         )
     return dict(
-        images=str(root),
+        images=str(root.resolve()),
         vae=fingerprint(vae.state_dict()),
         image_size=image_size,
         flip=flip,
@@ -156,6 +158,7 @@ def write_latents(
     Raises UserError where `out` holds something else and, in the end, where images could not be
     read: then the shards that they belong to are missing."""
     classes, files = list_once(root, out)
+    note_unread(root, classes)
     meta = make_meta(vae, root, image_size, flip, classes, len(files))
     dtype, shards = latent_dtype(meta["shape"]), meta["shards"]
     missing = start_shards(out, meta, dtype, shards, worker)

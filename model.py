@@ -1,8 +1,8 @@
 """The diffusion transformer (DiT) over a trajectory: the one network of this project.
 
 A diffusion model turns noise into an image by solving an ODE in many small steps. The student of
-AutoRegressive Distillation (ARD, arXiv 2504.11295) makes the same way in S large steps. Of all the
-states that the ODE passes, S + 1 matter to it. They are called a *trajectory*:
+AutoRegressive Distillation (ARD, arXiv 2504.11295) covers the same path in S large steps. Of all
+the states that the ODE passes, S + 1 matter to it. They are called a *trajectory*:
 
     x_{τ_S} = x_T,  x_{τ_{S−1}},  …,  x_{τ_1},  x_{τ_0} = x_0
 
@@ -17,13 +17,17 @@ this class:
     student   x has shape (b, s, c, h, w): the first s states of a trajectory, s ≤ S. (The last
               state, x_0, is only ever an output.)
 
+In shapes, b is the batch, s the number of states, n the number of tokens of a state. (In the
+paper's formulas, s is a step, and counts down from S.)
+
 Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
 
   1. Each state has a timestep of its own (the paper's "token-wise time embedding"). All states
      share the weights and the positions, so the timestep is what tells their tokens apart.
   2. In the first N layers (`history_layers`), those nearest the input, a state also attends to
-     earlier states. In the later layers it attends only to itself. N = 0 is step distillation: the
-     student sees its current state and nothing else.
+     earlier states. In the later layers it attends only to itself. N = 0, or the mask "none", is
+     step distillation: the student sees its current state and nothing else. (Unless the noise
+     shortcut is on, an addition of ours: see add_noise_shortcut.)
 
 The paper compares four masks, M1 to M4, for which earlier states are visible in those N layers.
 For S = 4, a row is the state that reads and a column is the state that is read:
@@ -39,7 +43,8 @@ For S = 4, a row is the state that reads and a column is the state that is read:
 attention without the matrix: it hands the queries of each state only the keys that they may see.
 
 This file knows nothing of noise paths, data or losses. Its parameters have the public DiT's names,
-in which a transformer layer is a "block". To try it:
+in which a transformer layer is a "block". To try it, with ModelConfig and parse_size of config.py
+(a fresh network outputs zeros):
 
     config = ModelConfig(image_size=16, channels=3, classes=10, **parse_size("T/4"),
                          history="causal", history_layers=2)
@@ -75,8 +80,8 @@ def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
 
 
 def visible_keys(keys: torch.Tensor, i: int, tokens: int, history: str) -> torch.Tensor:
-    """What the mask does, by slicing. keys: those of all states so far, (b, heads, s·tokens, d).
-    Returns the keys that state i may read. (Values are sliced in the same way.)"""
+    """What the mask does, by slicing. keys: those of at least the states 0 … i, (b, heads,
+    s·tokens, d). Returns the keys that state i may read. (Values are sliced in the same way.)"""
     own = keys[:, :, i * tokens : (i + 1) * tokens]
     if history == "none" or i == 0:
         return own
@@ -92,7 +97,8 @@ class KVCache:
     time: their keys and values in the history layers. (The other layers never look back.)
 
     `states`: how many states will be read in all. A cache serves one batch of trajectories.
-    `states_read`: how many have been read; DiT.forward counts them when a pass is over."""
+    `states_read`: how many have been read; DiT.forward counts them when a pass is over. The buffers
+    are written in place, so that a cache is for sampling, without gradients."""
 
     def __init__(self, states: int):
         self.states = states
@@ -165,7 +171,7 @@ class CrossAttention(nn.Module):
         return rearrange(self.kv(text), "b l (two h d) -> two b h l d", two=2, h=self.heads)
 
     def forward(self, x, keys_values, is_word):
-        """x: (b, s, n, width); is_word: (b, l), False where the text is filled up with zeros."""
+        """x: (b, s, n, width); is_word: (b, l), False at padding."""
         q = rearrange(self.q(x), "b s n (h d) -> b h (s n) d", h=self.heads)
         k, v = keys_values
         mask = rearrange(is_word, "b l -> b 1 1 l")
@@ -174,8 +180,8 @@ class CrossAttention(nn.Module):
 
 
 class Text:
-    """The texts of a batch, as the layers read them: all states of a trajectory read the same one, so
-    its keys and values are computed once for a sample, and kept in the cache in sampling."""
+    """The texts of a batch, as the layers read them: all states of a trajectory read the same one,
+    so its keys and values are computed once for a sample, and kept in the cache in sampling."""
 
     def __init__(self, tokens, is_word):
         self.tokens = tokens                                                # (b, l, width)
@@ -206,8 +212,10 @@ def modulate(x, shift, scale):
 
 
 class SharedAdaLN(nn.Module):
-    """The modulation of a layer in a text network (PixArt-α's adaLN-single): all layers share one
-    linear map of the condition, DiT.shared_modulation, and each adds a table of its own."""
+    """The modulation of a layer in a text network (PixArt-α's adaLN-single): all transformer layers
+    share one linear map of the condition, DiT.shared_modulation, and each adds vectors of its own.
+    The output layer adds its vectors to the condition itself, once for the shift and once for the
+    scale."""
 
     def __init__(self, width: int, vectors: int):
         super().__init__()
@@ -307,7 +315,9 @@ class DiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.compiled_blocks = None
-        self.prompts = None  # of a text network: text.Prompts, whose numbers are the labels y
+        # In a text network, y holds the numbers of prompts, and prompts[y] their words as vectors,
+        # (b, l, text_width), made by an encoder that is not trained: see text.Prompts.
+        self.prompts = None
         width, patch, reads_text = config.width, config.patch, config.reads_text
 
         self.x_embedder = nn.ModuleDict(
@@ -349,8 +359,9 @@ class DiT(nn.Module):
         return ["final_layer"] + [f"final_layer{i}" for i in range(2, count + 1)]
 
     def initialise(self):
-        """As DiT: Xavier for linear layers, and zeros for every adaLN modulation and for the
-        output. So each layer starts as the identity, and a fresh network predicts exactly zero."""
+        """As DiT: Xavier for linear layers, and zeros for every adaLN modulation, for the output,
+        and for what cross-attention adds. So each layer starts as the identity, and a fresh network
+        outputs exactly zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -367,6 +378,7 @@ class DiT(nn.Module):
         zeros = [layer.linear for layer in output_layers]
         if self.config.reads_text:
             zeros += [self.shared_modulation[1]]
+            zeros += [layer.cross_attn.proj for layer in self.blocks]
         else:
             zeros += [layer.adaLN_modulation[1] for layer in [*self.blocks, *output_layers]]
         for layer in zeros:
@@ -414,7 +426,7 @@ class DiT(nn.Module):
 
     def condition(self, timesteps, y):
         """c = time + label, one for each state, (b, s, width). In a text network c = time."""
-        time = self.t_embedder(timesteps)                                   # (s, width) or (b, s, …)
+        time = self.t_embedder(timesteps)                                   # (…, s, width)
         if self.config.reads_text:
             return time.expand(len(y), -1, -1)
         label = self.y_embedder["embedding_table"](y)
@@ -432,9 +444,10 @@ class DiT(nn.Module):
         return text
 
     def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text: Text | None = None):
-        """Layer i; history is visible in the lowest `history_layers` of them."""
+        """Layer i; history is visible in the first `history_layers` of them."""
+        keys_values = None
         if text is not None:
-            text = text.read_by(self.blocks[i].cross_attn)
+            keys_values = text.read_by(self.blocks[i].cross_attn)
         history = self.config.history if i < self.config.history_layers else "none"
         use_compiled = self.compiled_blocks is not None and cache is None
         layer = self.compiled_blocks[i] if use_compiled else self.blocks[i]
@@ -445,17 +458,17 @@ class DiT(nn.Module):
                 c,
                 history,
                 cache,
-                text,
+                keys_values,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return layer(tokens, c, history, cache, text)
+        return layer(tokens, c, history, cache, keys_values)
 
     def output(self, tokens, c, cache: KVCache | None = None):
-        """Tokens (b, s, n, width) to images (b, s, c, h, w)."""
+        """Tokens (b, s, n, width) to outputs of the shape of the states, (b, s, c, h, w)."""
         config = self.config
         if config.reads_text:
-            c = repeat(c, "b s d -> b s (two d)", two=2)  # see SharedAdaLN
+            c = repeat(c, "b s d -> b s (two d)", two=2)  # for the shift and for the scale
         if config.output_layers == 1:
             out = self.final_layer(tokens, c)
         else:

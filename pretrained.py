@@ -34,8 +34,16 @@ from config import (
     StudentRecord,
     TeacherRecord,
 )
-from files import UserError, check_checkpoint, load_weights, optional_import, read_checkpoint
+from files import (
+    UserError,
+    check_checkpoint,
+    check_finite,
+    load_weights,
+    optional_import,
+    read_checkpoint,
+)
 from model import DiT, sincos_positions
+from text import scene_prompts
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -62,6 +70,8 @@ def load_network(file, *kinds, device="cpu", teacher_kind: str | None = None):
         weights, heads = read_diffusers(file)
     else:
         content = read_file(file)
+        if "kind" in content and teacher_kind is not None:
+            raise UserError(f"{file} says itself what it is: leave out --teacher-kind")
         if "kind" in content:
             return own_network(content, file, kinds, device)
         weights, heads = find_weights(content, file), None
@@ -73,6 +83,8 @@ def own_network(content: dict, file: Path, kinds, device):
     content = check_checkpoint(content, file, *kinds)
     record = content["record"]
     model = make_network(record.model, content["ema"], file, device)
+    if record.data.source == "scenes":
+        model.prompts = scene_prompts()
     training = getattr(record, "gan_training", None) or record.training
     done = content.get("iteration", training.iterations)
     if done < training.iterations:
@@ -83,9 +95,7 @@ def own_network(content: dict, file: Path, kinds, device):
 def make_network(config: ModelConfig, weights: dict, file: Path, device) -> DiT:
     """A network with these weights, in float32. Raises UserError where they do not fit or are not
     finite."""
-    for name, value in weights.items():
-        if not torch.is_tensor(value) or not value.isfinite().all():
-            raise UserError(f"{file} is damaged: {name} holds values that are not finite numbers")
+    check_finite(weights, file)
     model = DiT(config)
     load_weights(model, weights, file)
     return model.to(device).eval().requires_grad_(False)
@@ -241,7 +251,7 @@ def recognise(model: DiT, file: Path) -> str:
         found = ", ".join(f"{name} {error:.2f}" for name, error in errors.items())
         raise UserError(
             f"{file} behaves on noise like none of DiT, SiT and REPA (relative errors: {found}), "
-            "so its ODE is unknown. If it is one of them, say so with teacher_kind"
+            "so its ODE is unknown. If it is one of them, say so with --teacher-kind"
         )
     print(f"{file} behaves like a {kind} (relative error on noise: {errors[kind]:.2f})")
     return kind

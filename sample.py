@@ -9,13 +9,18 @@ only the last one (paper, Sec. 3.2):
 where y is the label, and s reaches the network as the timesteps of the states.
 
 The keys and values of earlier states are cached, so that each step costs one pass over one state.
-No guidance is needed: the teacher's states, which the student has learned to make, already contain
-it. An image takes S network evaluations; the teacher's 24 Euler steps with guidance take 48.
+The student needs no guidance: where its teacher was guided, the states that it has learned to make
+contain the guidance. So an image takes S network evaluations. The teacher's 24 Euler steps take 24,
+or 48 with guidance.
 
-    python sample.py                               images from the shipped student, in four steps
-    python sample.py assets/textures-teacher.pt    the same noises through its teacher's 24 steps
-    python sample.py --labels 0 2 --draw-trajectory    two classes, and how the images came to be
-    python sample.py --count 50000 --npz           samples.npz, for ADM's evaluator
+In the code, `model` is the student's network, and `student` (config.Student) says what its S steps
+are: their times, the timesteps that the network is given, what is learned and what is put out.
+
+    python sample.py                                 images from the shipped student, in four steps
+    python sample.py assets/textures-teacher.pt      the same noises, its teacher's 24 steps
+    python sample.py --labels 0 2 --draw-trajectory  two classes, and how the images came to be
+    python sample.py --count 50000 --npz             samples.npz, for ADM's evaluator
+    python sample.py runs/scenes/student.pt --prompt "a red star left of a blue ring"
 """
 
 import math
@@ -29,6 +34,7 @@ from PIL import Image
 
 import data
 from command_line import (
+    add_teacher_kind,
     make_parser,
     non_negative,
     non_negative_int,
@@ -42,14 +48,14 @@ from machine import Progress, add_machine_flags, gather, rank, runtime_from, wor
 from model import KVCache
 from pretrained import ASSETS, load_network
 from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
+from text import LONGEST_CAPTION, Prompts
 
 # ---- 1. The student's steps ----------------------------------------------------------------------
 
 
 def student_times(student: Student) -> torch.Tensor:
-    """The times of x_T and of the student's S targets on the noise path, (S + 1,). For 4 steps in
-    place of 24 these are the times after 0, 6, 12, 18 and 24 Euler steps: 1, 3/4, 1/2, 1/4 and 0
-    for flow matching."""
+    """The times of x_T and of the student's S targets on the noise path, (S + 1,). If the targets
+    stand after 6, 12, 18 and 24 of 24 Euler steps with flow matching: 1, 3/4, 1/2, 1/4 and 0."""
     path = NOISE_PATHS[student.ode.noise_path]
     return path.times(student.ode.euler_steps)[[0, *student.target_steps]]
 
@@ -63,8 +69,9 @@ def next_state(student: Student, output, x, t, t_next):
     output = "direction"  The output is what a teacher would predict (v, say), and the next state is
                           the Euler step from t to t_next with it (ours). Before any training, a
                           student without history then does what its teacher does with S Euler steps
-                          and no guidance. Only states of the ODE lie in such a direction from one
-                          another; clean predictions do not.
+                          between the same times and no guidance. It needs targets = "states": an
+                          Euler step at time t starts from a state with the noise of time t, and a
+                          clean prediction has none.
     """
     if student.output == "state":
         return output
@@ -88,8 +95,8 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 def predict_all(model, student: Student, states, y):
     """The student's next state for each of the S states that it reads, (b, S, c, h, w), x_T first:
-    all in one pass. This is how it is trained. Given the states that `few_step` has made, it
-    returns the same states."""
+    all in one pass. This is how it is trained. Given the first S states that `few_step` has made,
+    it returns the last S (but for rounding)."""
     times = student_times(student).to(states.device)
     timesteps = torch.tensor(student.timesteps, device=states.device)
     output = model(states, timesteps, y).float()                            # (b, S, c, h, w)
@@ -97,9 +104,10 @@ def predict_all(model, student: Student, states, y):
 
 
 def implied_x0(ode: ODE, states, times):
-    """The clean image at which each step of a trajectory aimed, (b, s, c, h, w), from the s + 1
-    states at these times: the x̂_0 of x = α·x̂_0 + σ·ε̂ before and after the step. It shows how
-    coarse structure becomes fine, which noisy states hide."""
+    """The clean image at which each step of a trajectory aimed, (b, s, c, h, w), from s + 1 states
+    and their times. An Euler step keeps x̂_0 and ε̂, so that x = α·x̂_0 + σ·ε̂ before it and
+    x_next = α_next·x̂_0 + σ_next·ε̂ after it; these are solved for x̂_0. It shows how coarse
+    structure becomes fine, which noisy states hide."""
     alpha, sigma = mixing_weights(ode, times, states.device)                # (s + 1, 1, 1, 1)
     alpha_next, sigma_next = alpha[1:], sigma[1:]
     alpha, sigma = alpha[:-1], sigma[:-1]
@@ -152,9 +160,10 @@ def parse_flags():
     )
     add("--count", type=positive_int, default=64, help="images (default: 64)")
     add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn")
+    add("--prompt", action="append", help="of a text network: what to draw (may be repeated)")
     add("--seed", type=non_negative_int, default=0, help="of the noises (default: 0)")
     add("--out", type=Path, default=Path("runs/samples"), help="folder (default: runs/samples)")
-    add("--draw-trajectory", action="store_true", help="also draw the states of the first eight images")
+    add("--draw-trajectory", action="store_true", help="also draw the states of eight images")
     add("--png", action="store_true", help="also write each image as a file, into OUT/images")
     add("--npz", action="store_true", help="also write samples.npz: arr_0, uint8, (count, h, w, c)")
     add("--batch", type=positive_int, default=256, help="images at a time (default: 256)")
@@ -162,6 +171,7 @@ def parse_flags():
     group = parser.add_argument_group("a teacher's ODE (a student's is fixed)")
     group.add_argument("--euler-steps", type=positive_int, help="default: its own")
     group.add_argument("--guidance-scale", type=non_negative, help="default: its own; 1 is none")
+    add_teacher_kind(group)
     add_machine_flags(parser)
     return parser.parse_args()
 
@@ -173,12 +183,18 @@ class Sampler:
     def __init__(self, flags):
         self.runtime = runtime_from(flags)
         self.model, self.record = load_network(
-            flags.checkpoint, "student", "teacher", device=self.runtime.device
+            flags.checkpoint,
+            "student",
+            "teacher",
+            device=self.runtime.device,
+            teacher_kind=flags.teacher_kind,
         )
         self.seed = data.SAMPLING_SEED + flags.seed
         self.labels = parse_labels(flags.labels, self.record.classes) if flags.labels else None
-        is_latent = self.record.model.channels == 4
-        self.vae = load_vae(flags.vae, self.runtime.device) if is_latent else None
+        channels = self.record.model.channels
+        if self.record.model.image_size > 1 and channels not in (1, 3, 4):
+            raise UserError(f"{channels} channels are neither an image nor latents of DiT's kind")
+        self.vae = load_vae(flags.vae, self.runtime.device) if channels == 4 else None
         ode_flags = (flags.euler_steps, flags.guidance_scale)
         if isinstance(self.record, TeacherRecord):
             self.record = replace(self.record, ode=override(self.record.ode, flags))
@@ -188,6 +204,16 @@ class Sampler:
             )
         if self.record.model.image_size == 1:
             raise UserError("points are not pictures: evaluate.py draws them in the plane")
+        if flags.prompt:
+            self.read_prompts(flags.prompt)
+
+    def read_prompts(self, prompts: list[str]):
+        """Make images for these prompts in turn, in place of the captions of training."""
+        if not self.record.model.reads_text:
+            raise UserError("this network is given classes, not text: use --labels, not --prompt")
+        self.model.prompts = Prompts(prompts, LONGEST_CAPTION)
+        self.record = replace(self.record, classes=tuple(prompts))
+        self.labels = list(range(len(prompts)))
 
     def states(self, indices):
         """Trajectories (b, s + 1, c, h, w) and labels (b,)."""
@@ -214,8 +240,8 @@ class Sampler:
         return data.to_uint8(self.pixels(states[:, -1])), names
 
     def draw_trajectory(self, count: int) -> Image.Image:
-        """A column for each image: its states and, where a step has one, the x̂_0 at which it
-        aimed."""
+        """A column for each image: its states and, unless these are clean predictions already, the
+        clean images at which the steps aimed."""
         states, _ = self.states(range(count))
         rows = [states]
         if isinstance(self.record, TeacherRecord):
@@ -255,13 +281,17 @@ def main():
     if flags.npz and rank() == 0:
         data.write_npz(out / "samples.npz", flags.count, batches)
         print(f"wrote {out / 'samples.npz'}")
-    for _ in batches:  # none are left if they went into the file
+    for _ in batches:  # run the generator to its end, unless write_npz has done so
         pass
     if rank() > 0:
         return
     images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
-    columns = math.ceil(math.sqrt(len(sheet)))
-    data.image_grid(images, columns).save(output_file(out / "grid.png"))
+    if flags.prompt:
+        rows = {text: images[i :: len(flags.prompt)] for i, text in enumerate(flags.prompt)}
+        grid = data.captioned_grid(rows)
+    else:
+        grid = data.image_grid(images, columns=math.ceil(math.sqrt(len(sheet))))
+    grid.save(output_file(out / "grid.png"))
     print(f"wrote {out / 'grid.png'}: {len(sheet)} of {flags.count:,} images")
     if flags.draw_trajectory:
         picture = sampler.draw_trajectory(min(8, flags.count))

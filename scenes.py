@@ -313,6 +313,22 @@ def score(caption: Caption, things: list[Thing]) -> dict[str, float]:
     return scores | dict(all=min(scores.values()))
 
 
+def adherence(images: np.ndarray, captions: list[Caption]) -> dict[str, float]:
+    """The mean scores of images (n, 3, SIZE, SIZE), uint8, each made for its caption: the fraction
+    of which all is right, for each category and in all; then binding, relation and count."""
+    scores = [score(c, read_scene(image)) for c, image in zip(captions, images, strict=True)]
+    means = {}
+    for category in CATEGORIES:
+        chosen = [s["all"] for s, c in zip(scores, captions, strict=True) if c.category == category]
+        if chosen:
+            means[category] = float(np.mean(chosen))
+    for key in ("all", "binding", "relation", "count"):
+        chosen = [s[key] for s in scores if key in s]
+        if chosen:
+            means["all right" if key == "all" else key + " right"] = float(np.mean(chosen))
+    return means
+
+
 def relation_holds(caption: Caption, things: list[Thing]) -> bool:
     """Whether some pair of the named things stands as the caption says."""
     first, second = caption.things

@@ -80,7 +80,7 @@ def read_json(file: Path) -> dict | None:
     except (ValueError, TypeError):
         raise UserError(
             f"{file} is damaged, or was written by another program: choose another folder, or "
-            "remove this one"
+            "remove this file"
         ) from None
 
 

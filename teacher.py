@@ -15,9 +15,9 @@ keeps the estimates of time t and moves along the noise path:
 
     x_next = α(t_next)·x̂_0 + σ(t_next)·ε̂                                             (Euler step)
 
-This one formula serves every teacher. In the coordinates x/α against σ/α it is literally Euler's
-method (wherever α > 0). For flow matching it equals x + (t_next − t)·v. For DDPM it *is* the DDIM
-step.
+This one formula serves every teacher, since only α and σ differ. In the coordinates x/α against
+σ/α it is literally Euler's method (wherever α > 0). For flow matching it equals x + (t_next − t)·v
+with the velocity v = ε̂ − x̂_0. For DDPM it *is* the DDIM step.
 
 Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number by
 which the network is told this time. For flow matching, t runs from 1 to 0 and the timestep is
@@ -148,7 +148,7 @@ def add_noise(ode: ODE, images, noise, t):
 
 def estimate(ode: ODE, output, x, t):
     """The image and the noise, (x̂_0, ε̂), that the network's output at (x, t) implies. They solve
-    two equations, x = α·x_0 + σ·ε and
+    two equations. The first is x = α·x_0 + σ·ε, and the second says what the network predicts:
 
         predicts = "v":      output = ε − x_0, the velocity of flow matching. (Other papers write v
                              for α·ε − σ·x_0.)
@@ -189,8 +189,8 @@ def guided_output(model, ode: ODE, x, timestep, y):
 def solve(model, ode: ODE, x_T, y, keep=None):
     """Solve the ODE from noise to image. x_T: (b, c, h, w); y: (b,).
 
-    `keep`: numbers of Euler steps after which a state is kept (default: after each step). Returns,
-    for m of them,
+    `keep`: the Euler steps, counted from 1, after which a state is kept (default: all). If these
+    are m steps, it returns
 
         states    (b, m + 1, c, h, w)   x_T, then the state after each of these steps
         x0        (b, m, c, h, w)       the clean prediction x̂_0 from which each was computed
@@ -299,8 +299,8 @@ def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime, cou
     if record.model.channels not in (1, 3):
         return
     classes = record.model.classes
-    stride = max(1, classes // count)  # of thousands of captions, a few from everywhere
-    y = torch.arange(count) * stride % min(classes, max(10, count * stride))
+    shown = min(classes, 10) if classes <= count else count  # of very many, some from everywhere
+    y = torch.arange(count) % shown * (classes // shown)
     x_T, _ = data.noise_and_labels(record, record.training.seed, range(count))
     with runtime.autocast():
         x_T, y = x_T.to(runtime.device), y.to(runtime.device)
@@ -316,15 +316,20 @@ def parse_flags():
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="textures", help="sets everything (default: textures)")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
-    add("--data", dest="source", help="textures, shapes, points, or a folder DIR/<class>/*.png")
+    add(
+        "--data",
+        dest="source",
+        type=data.data_source,
+        help="textures, shapes, points, or a folder: DIR/<class>/*.png, or DIR/*.png",
+    )
     group = parser.add_argument_group("data and network")
     add = group.add_argument
-    add("--image-size", type=positive_int, help="pixels a side")
+    add("--image-size", type=positive_int, help="pixels a side; never more than an image has")
     add("--channels", type=int, choices=(1, 3), help="1 for grey images, 3 for colour")
     add(
         "--flip",
         action=argparse.BooleanOptionalAction,
-        help="mirror training images at random",
+        help="mirror training images at random (default: no)",
     )
     add("--size", help="network, as SIZE/PATCH with a size of N, T, S, B, L or XL, such as T/4")
     group = parser.add_argument_group("ODE")
@@ -341,6 +346,7 @@ def main():
     flags = parse_flags()
     preset = override_parts(PRESETS[flags.preset], flags, "data", "ode", "teacher")
     preset = replace(preset, size=flags.size or preset.size)
+    preset = data.fit_to_images(preset, flags)
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
     folder = flags.out or Path("runs") / flags.preset
     file = output_file(folder / "teacher.pt")

@@ -8,8 +8,8 @@ How a caption reaches an image:
       → CrossAttention        in every layer, each token of each state reads all of these vectors
 
 Wherever a class network has the number of a class, a text network has the *number of a prompt* in a
-list, `Prompts`. So sampling, guidance, trajectories and distillation are the same for both. Number −1
-is the empty prompt, which guidance subtracts.
+list, `Prompts`. So sampling, guidance, trajectories and distillation are the same for both. Number
+−1 is the empty prompt, which guidance subtracts.
 
 There are two encoders:
 
@@ -66,7 +66,9 @@ def encode_words(caption: str, length: int) -> np.ndarray:
     for word in words:
         if word not in known:
             near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known[1:])}"
+            hint = f"known words: {', '.join(known[1:])}"
+            if near:
+                hint = f"did you mean {' or '.join(near)}?"
             raise UserError(f"the word {word!r} of the prompt {caption!r} is unknown: {hint}")
     if len(words) > length:
         print(f"note: the prompt {caption!r} is cut after {length} words")
@@ -175,7 +177,7 @@ def load_t5(name: str, device):
         encoder = transformers.T5EncoderModel.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"no T5 encoder {name!r} ({reason}): name a folder with --encoder") from None
+        raise UserError(f"no T5 encoder {name!r} ({reason}): name a folder") from None
     return tokenizer, encoder.to(device).eval().requires_grad_(False)
 
 

@@ -9,7 +9,7 @@ import copy
 import math
 import signal
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,10 +19,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from config import Training
-from files import UserError, first_difference, load_checkpoint, load_weights, replace_file
+from figures import draw_losses
+from files import (
+    UserError,
+    first_difference,
+    load_checkpoint,
+    load_weights,
+    output_file,
+    replace_file,
+)
 from machine import Progress, Runtime, all_reduce, rank, wait_for_all, world_size
 
+with suppress(ImportError):
+    import fcntl
+
 LOG_EVERY = 50  # iterations over which the loss is averaged before it is logged
+SMALLEST_SCALE = 1e-4  # of gradients in float16: where less is needed, something is wrong
 
 # ---- 1. The pieces -------------------------------------------------------------------------------
 
@@ -61,15 +73,23 @@ def micro_batches(batch: tuple, runtime: Runtime) -> list[tuple]:
 def training_precision(runtime: Runtime):
     """The context of forward and backward passes."""
     with ExitStack() as stack:
-        if runtime.bf16 and runtime.device.type == "cpu":
-            # The backward pass of fused attention is very slow in bfloat16 on a CPU.
+        if runtime.dtype != torch.float32 and runtime.device.type == "cpu":
+            # The backward pass of fused attention is very slow in 16 bits on a CPU.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
-def accumulate_gradients(network, loss_of, batches: list[tuple], runtime: Runtime) -> torch.Tensor:
-    """Add the gradients of the mean of loss_of(network, *micro_batch); return that mean,
-    detached."""
+def make_scaler(runtime: Runtime) -> torch.amp.GradScaler:
+    """Gradients in float16 are scaled up, lest they become 0, and down again before the step. In
+    other dtypes this does nothing."""
+    return torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+
+
+def accumulate_gradients(
+    network, loss_of, batches: list[tuple], runtime: Runtime, scaler=None
+) -> torch.Tensor:
+    """Add the gradients of the mean of loss_of(network, *micro_batch), times the factor of
+    `scaler`; return that mean, detached."""
     total = 0
     for i, batch in enumerate(batches, start=1):
         is_last = i == len(batches)
@@ -78,7 +98,7 @@ def accumulate_gradients(network, loss_of, batches: list[tuple], runtime: Runtim
         with network.no_sync() if wait else nullcontext(), training_precision(runtime):
             with runtime.autocast():
                 loss = loss_of(network, *batch) / len(batches)
-            loss.backward()
+            (scaler.scale(loss) if scaler else loss).backward()
         total = total + loss.detach().float()
     return total
 
@@ -117,6 +137,26 @@ def interrupts():
     finally:
         for signal_number, handler in handlers.items():
             signal.signal(signal_number, handler)
+
+
+@contextmanager
+def only_training(file: Path):
+    """Lock a checkpoint while it is trained. Raises UserError where another process trains it, too:
+    the two would overwrite each other's results. (Windows has no such locks.)"""
+    lock_file = file.with_name(f".{file.name}.lock")
+    with ExitStack() as stack:
+        if rank() == 0:
+            lock = stack.enter_context(open(output_file(lock_file), "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is training {file} now: wait for it, or choose another --out"
+                ) from None
+            except (NameError, OSError):  # no module fcntl, or a disk without locks
+                pass
+            stack.callback(lock_file.unlink, missing_ok=True)
+        yield
 
 
 class SaveClock:
@@ -183,13 +223,14 @@ def train(
 
     The checkpoint `file` is written as a `kind` with its `record`, whose `training` says how long
     and how fast to learn. A training found there is continued; a finished one is returned as it is.
-    `preview`(ema, iteration) is called ten times during the training.
+    `preview`(ema, iteration) is called ten times during the training. In the end, a curve of the
+    losses is drawn into FILE-loss.png.
     Returns (the EMA of the model, [(iteration, mean loss since the last entry), …])."""
     training, device = record.training, runtime.device
     model.train()
     model.checkpointing = runtime.checkpointing
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizer = make_optimizer(model, training.lr)
+    optimizer, scaler = make_optimizer(model, training.lr), make_scaler(runtime)
     first, losses, loss_sum = 0, [], torch.zeros((), device=device)
 
     saved = load_training(file, kind, record)
@@ -199,6 +240,8 @@ def train(
         if first < training.iterations:
             load_weights(model, saved["model"], file)
             optimizer.load_state_dict(saved["optimizer"])
+            if saved.get("scaler"):
+                scaler.load_state_dict(saved["scaler"])
             loss_sum += saved["loss_sum"]
             print(f"continuing {file} at iteration {first:,} of {training.iterations:,}")
 
@@ -209,6 +252,7 @@ def train(
             ema=ema.state_dict(),
             model=model.state_dict(),
             optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
             iteration=iteration,
             losses=losses,
             loss_sum=loss_sum.item(),
@@ -222,17 +266,20 @@ def train(
     clock = SaveClock(save_seconds)
     iterations = range(first, training.iterations)
     progress = Progress(kind, iterations, start=first, unit="images", size=training.batch)
-    with interrupts() as interrupted:
+    with only_training(file), interrupts() as interrupted:
         for iteration in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration, training)
             batches = micro_batches(batch_at(iteration), runtime)
-            loss = accumulate_gradients(network, loss_of, batches, runtime)
+            loss = accumulate_gradients(network, loss_of, batches, runtime, scaler)
+            scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            scaler.step(optimizer)  # not where the scaled gradient was infinite
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             update_ema(ema, model, training.ema_decay, iteration)
-            loss_sum += loss + 0 * norm  # not finite where the gradient is not
+            # Not finite where the gradient is not, unless the scaler deals with that.
+            loss_sum += loss if scaler.is_enabled() else loss + 0 * norm
 
             done = iteration + 1
             is_last = done == training.iterations
@@ -240,7 +287,7 @@ def train(
             keep = is_last or stop or any_process(clock.due(), device)
             if is_last or keep or done % LOG_EVERY == 0:
                 loss_sum = all_reduce(loss_sum) / world_size()
-                if not loss_sum.isfinite():
+                if not loss_sum.isfinite() or scaler.get_scale() < SMALLEST_SCALE:
                     raise UserError(
                         f"the loss is not finite at iteration {done}: try a smaller --lr. "
                         "What was saved before stays"
@@ -253,6 +300,8 @@ def train(
             if keep:
                 clock.time(lambda done=done: save(done) if rank() == 0 else None)
                 wait_for_all()
+            if rank() == 0 and losses and (is_last or stop):
+                draw_losses({kind: losses}, file.with_name(f"{file.stem}-loss.png"))
             if stop:
                 raise KeyboardInterrupt(
                     f"{file} holds {done:,} of {training.iterations:,} iterations; the same "

@@ -20,11 +20,13 @@ distill.py writes the trajectories that it needs. This program does it before, o
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from command_line import (
+    add_teacher_flags,
     add_worker_flag,
     make_parser,
     non_negative,
@@ -58,7 +60,7 @@ class TrajectoryRecord:
     teacher: str  # fingerprint of its weights
     ode: ODE
     kept_steps: tuple[int, ...]
-    keep: str  # "states", "x0" or "both"
+    keep: Literal["states", "x0", "both"]
     shape: tuple[int, ...]  # (c, h, w)
     class_weights: tuple[float, ...]
     seed: int
@@ -201,7 +203,7 @@ def write_trajectories(
         indices = range(number * SHARD, (number + 1) * SHARD)
         x_T, y = noise_and_labels(teacher_record, record.seed, indices)
         states, x0 = solve_in_float16(teacher, record, x_T, y, runtime)
-        if not states.isfinite().all():
+        if not (states.isfinite().all() and x0.isfinite().all()):
             raise UserError(
                 "the teacher's ODE leads to infinite values: was its training cut short, or is the "
                 "guidance scale too large?"
@@ -269,7 +271,7 @@ def parse_flags():
     parser = make_parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="textures", help="sets everything (default: textures)")
-    add("--teacher", dest="teacher_file", type=Path, metavar="FILE", help="its checkpoint")
+    add_teacher_flags(parser)
     add("--folder", type=Path, metavar="DIR", help="default: runs/PRESET/trajectories")
     add("--count", type=positive_int, help="trajectories")
     add("--seed", type=non_negative_int, default=0, help="of noises and labels (default: 0)")
@@ -296,7 +298,9 @@ def main():
     preset = PRESETS[flags.preset]
     runtime = runtime_from(flags, preset.bf16)
     runs = Path("runs") / flags.preset
-    teacher, record = find_teacher(flags.teacher_file, flags.preset, runs, runtime.device)
+    teacher, record = find_teacher(
+        flags.teacher_file, flags.preset, runs, runtime.device, flags.teacher_kind
+    )
     record = replace(record, ode=override(record.ode, flags))
     settings = override(preset.trajectories, flags)
     write_trajectories(

@@ -10,7 +10,7 @@ factors; each of their values is a row:
                             predictions, these also with history in all layers
     history                 window, anchor, causal
     history_layers          N: one layer, a third, half and all of them
-    noise_shortcut          with and without
+    noise_shortcut          with, without, and the shortcut alone (N = 0)
     steps                   S: 1, 2, 4, 8
     output_layer_per_step   one output layer for all steps, or one for each
     on_policy               the fraction of a batch that reads the student's own history
@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 from command_line import add_worker_flag, make_parser, positive_int, run_program
-from config import HISTORIES, ODE, PRESETS, Preset, TeacherRecord, evenly, override_parts
+from config import HISTORIES, ODE, PRESETS, Preset, TeacherRecord, override_parts
 from distill import add_student_flags, distill, make_student
 from evaluate import (
     Evaluator,
@@ -84,13 +84,18 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
     kinds = [dict(targets=targets, output=output) for targets, output in KINDS]
     guidance_scale = baseline.ode.guidance_scale
     count, iterations = baseline.trajectories.count, baseline.distillation.iterations
+    kept = len(baseline.trajectories.kept_steps)
     return {
         "baseline": [{}],
         "kind": [*kinds, kinds[-1] | dict(history_layers=depth)],
         "history": [dict(history=history) for history in HISTORIES if history != "none"],
         "history_layers": [dict(history_layers=N) for N in (1, depth // 3, depth // 2, depth)],
-        "noise_shortcut": [dict(noise_shortcut=choice) for choice in (False, True)],
-        "steps": [dict(steps=S) for S in (1, 2, 4, 8)],
+        "noise_shortcut": [
+            dict(noise_shortcut=False),
+            dict(noise_shortcut=True),
+            dict(noise_shortcut=True, history_layers=0),
+        ],
+        "steps": [dict(steps=S) for S in (1, 2, 4, 8) if kept % S == 0],
         "output_layer_per_step": [dict(output_layer_per_step=choice) for choice in (False, True)],
         "on_policy": [dict(on_policy=fraction) for fraction in (0.0, 0.5, 1.0)],
         "guidance_scale": [dict(guidance_scale=scale * guidance_scale) for scale in (1, 2)],
@@ -158,9 +163,7 @@ class Ablation:
         runtime: Runtime,
     ):
         ode = teacher_record.ode
-        trajectories = replace(
-            preset.trajectories, kept_steps=evenly(ode.euler_steps, 8), keep="both"
-        )
+        trajectories = replace(preset.trajectories, keep="both")
         self.preset = replace(preset, ode=ode, trajectories=trajectories)
         self.teacher, self.teacher_record = teacher, teacher_record
         self.folder, self.images, self.runtime = folder, images, runtime
@@ -437,7 +440,7 @@ def draw(content: dict, file: Path):
                 for x, values in enumerate(seeds):
                     axis.plot([x] * len(values), values, f"C{i}o", markersize=4, alpha=0.7)
             axis.set_xticks(range(len(rows)), [""] * len(rows))
-        titles = [row["title"].replace(", ", "\n") for row in rows]
+        titles = [row["title"].replace(f"{factor} = ", "").replace(", ", "\n") for row in rows]
         bottom.set_xticks(range(len(rows)), titles, fontsize=7, rotation=40, ha="right")
         top.set_title(factor, fontsize=10)
     axes[0, 0].legend(fontsize=8)

@@ -250,7 +250,8 @@ class Bench:
 
     def __post_init__(self):
         self.profiles = {}
-        self.runtime = Runtime(self.device, bf16=self.on_gpu, compile=self.on_gpu)
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        self.runtime = Runtime(self.device, dtype, compile=self.on_gpu)
         self.exact = Runtime(self.device)  # float32, or TF32
 
         try:
@@ -518,9 +519,15 @@ def open_results(file: Path, settings: dict) -> dict:
     """What was measured before. Raises UserError where that was something else."""
     if not file.exists():
         return dict(settings=settings, results={})
-    content = json.loads(file.read_text())
-    if content["settings"] != settings:
-        difference = first_difference(content["settings"], settings)
+    try:
+        content = json.loads(file.read_text())
+        there, _ = dict(content["settings"]), dict(content["results"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file} is damaged, or was written by another program: choose another --out"
+        ) from None
+    if there != settings:
+        difference = first_difference(there, settings)
         raise UserError(f"{file} holds other measurements: {difference}. Choose another --out")
     return content
 

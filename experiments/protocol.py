@@ -4,6 +4,8 @@ It is that of ADM's evaluator (Dhariwal & Nichol, arXiv 2105.05233), which nearl
 with 50,000 images. Images in 8 bits go through the Inception network of 2015, which the package
 torch-fidelity provides.
 
+    pip install --no-deps torch-fidelity         without torchvision, which is not needed here
+
     FID         Fréchet distance in the 2,048 features after the last pooling
     sFID        Fréchet distance in 2,023 spatial features, of 17×17 pixels in seven channels
 
@@ -14,6 +16,7 @@ torch-fidelity provides.
 The table goes to the screen and into runs/protocol.json.
 """
 
+import importlib.util
 import math
 import pickle
 import sys
@@ -170,10 +173,23 @@ def check_moments(path: Path, mean, covariance, d: int):
 # ---- 3. Inception --------------------------------------------------------------------------------
 
 
+def import_inception():
+    """The module of torch-fidelity that holds the network, without the rest of the package. The rest
+    needs torchvision, each release of which works with one release of PyTorch only, and pip would
+    replace the PyTorch that is installed. Raises UserError where the package is missing."""
+    found = importlib.util.find_spec("torch_fidelity")
+    if found is not None:
+        # With this, Python looks for modules in the package and does not run its __init__.py.
+        package = importlib.util.module_from_spec(found)
+        sys.modules.setdefault("torch_fidelity", package)
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    return optional_import(name, install="--no-deps torch-fidelity")
+
+
 def load_inception(weights: Path | None, device):
     """The Inception network of FID, from torch-fidelity. `weights`: its file, which the package
     downloads if none is named. Raises UserError where either is missing."""
-    module = optional_import("torch_fidelity.feature_extractor_inceptionv3")
+    module = import_inception()
     outputs = [str(POOL_FEATURES), "logits_unbiased"]
     try:
         network = module.FeatureExtractorInceptionV3("inception", outputs, weights)

@@ -125,3 +125,12 @@ def test_what_does_not_fit_is_left_out(capsys):
     jobs = {"large": benchmark.Job(fail, 1), "small": benchmark.Job(lambda: None, 1)}
     assert list(benchmark.measure(jobs, CPU, repeats=1)) == ["small"]
     assert "large cannot be measured here: CUDA out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["hello", "[1]", "{}", '{"settings": 1, "results": {}}', ""])
+def test_a_damaged_file_of_results_is_refused(tmp_path, content):
+    file = tmp_path / "benchmark.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match="is damaged, or was written by another program"):
+        benchmark.open_results(file, {})
+    assert file.read_text() == content

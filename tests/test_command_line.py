@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import sys
 
 import pytest
+import torch
 
 from command_line import (
     add_training_flags,
@@ -19,11 +21,19 @@ from config import Training, override
 from files import UserError
 
 
+LESS = (
+    " In training, --accumulate 4 (or more) and --checkpointing need less; elsewhere, choose a "
+    "smaller --batch or --count"
+)
+
+
 @pytest.mark.parametrize(
     "error, status, says",
     [
         (UserError("no such file: choose another"), "error: no such file: choose another", ""),
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device", ""),
+        (torch.OutOfMemoryError("CUDA: 9 GiB"), "error: out of memory (CUDA: 9 GiB)." + LESS, ""),
+        (MemoryError(), "error: out of memory (MemoryError)." + LESS, ""),
         (KeyboardInterrupt("12 of 30 are done."), 130, "\nstopped. 12 of 30 are done.\n"),
         (KeyboardInterrupt(), 130, "\nstopped.\n"),
     ],
@@ -41,15 +51,28 @@ def test_a_program_that_is_stopped_ends_in_one_line(capsys, error, status, says)
 def test_what_is_a_bug_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run_program(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+
+
+def test_a_lack_of_memory_is_said_in_one_line():
+    with pytest.raises(SystemExit, match="^error: out of memory .*allocate memory.*need less"):
+        run_program(lambda: torch.empty(2**58))
+
+
+def test_a_program_runs_without_its_standard_streams(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    run_program(lambda: print("out", file=sys.stderr))
 
 
 @pytest.mark.parametrize(
     "kind, good, bad, says",
     [
-        (positive_int, "3", ["0", "-3", "1.5", "many", "", "9999999999"], "whole number from 1 up"),
+        (positive_int, "3", ["0", "-3", "1.5", "many", ""], "whole number from 1 up"),
         (non_negative_int, "0", ["-1", "0.5"], "whole number from 0 up"),
-        (non_negative, "1e-3", ["-0.1", "nan", "inf", "half"], "number from 0 up"),
-        (fraction, "0.5", ["1.5", "-0.1", "nan"], "number from 0 to 1"),
+        (non_negative, "1e-3", ["-0.1", "nan", "half"], "number from 0 up"),
+        (fraction, "0.5", ["-0.1", "nan"], "number from 0 to 1"),
     ],
 )
 def test_numbers_have_bounds(kind, good, bad, says):
@@ -58,6 +81,14 @@ def test_numbers_have_bounds(kind, good, bad, says):
         with pytest.raises(argparse.ArgumentTypeError) as error:
             kind(text)
         assert str(error.value) == f"{text!r} is not a {says}"
+
+
+def test_numbers_that_are_too_large():
+    cases = [(positive_int, "9999999999", 2**31 - 1), (non_negative, "inf", 2**31 - 1)]
+    for kind, text, most in [*cases, (fraction, "1.5", 1)]:
+        with pytest.raises(argparse.ArgumentTypeError) as error:
+            kind(text)
+        assert str(error.value) == f"{text!r} is too large: at most {most}"
 
 
 def test_workers_are_counted_from_one_in_words_and_from_zero_inside(capsys):

@@ -2,6 +2,8 @@
 decoder. What the procedural sets promise (the direction of a grain, which shape a label names, arms
 that do not touch) is measured on their pictures."""
 
+import argparse
+import json
 import re
 import struct
 import tarfile
@@ -15,7 +17,7 @@ from PIL import Image
 from tiny import TEACHER
 
 import data
-from config import DataConfig
+from config import PRESETS, DataConfig, override_parts
 from files import UserError
 
 CIFAR10 = Path(data.__file__).resolve().parents[1] / "shared" / "data" / "cifar10-jpeg.tar.gz"
@@ -408,6 +410,108 @@ def test_a_folder_without_images_or_with_too_few_is_refused(tmp_path):
     save(tmp_path / "bee" / f"{TEST_NUMBERS[0]:03d}.png", (0, 0, 0))
     with pytest.raises(UserError, match="so are all images of the class 'bee'"):
         read(tmp_path, split="train")
+
+
+# ---- what a training takes from a folder ---------------------------------------------------------
+
+
+def fit(root, *words, preset="cifar10"):
+    """The preset as teacher.py uses it with these flags."""
+    parser = argparse.ArgumentParser()
+    for name, kind in dict(image_size=int, channels=int, guidance_scale=float).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind)
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction)
+    flags = parser.parse_args(words)
+    chosen = override_parts(PRESETS[preset], flags, "data", "ode")
+    chosen = replace(chosen, data=replace(chosen.data, source=str(root)))
+    return data.fit_to_images(chosen, flags)
+
+
+def test_a_training_fits_its_images(tmp_path, capsys):
+    """Small grey digits: neither enlarged, nor coloured, nor mirrored."""
+    for i in range(30):
+        path = tmp_path / str(i % 2) / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise(9, 11 + i % 3)).save(path)
+    found = fit(tmp_path)
+    assert found.data == DataConfig(str(tmp_path), image_size=8, channels=1, flip=False)
+    assert found.ode == PRESETS["cifar10"].ode  # two classes: with guidance
+    said = capsys.readouterr().out
+    assert "the smallest image has 9×9 pixels: training at 8×8 (see --image-size)" in said
+    assert "3 images are held out, and distances to real images need 70" in said
+    dataset = data.load(found.data)
+    assert dataset.shape == (1, 8, 8) and not dataset.flip
+    assert "27 grey images of 8×8, not mirrored (3 others" in capsys.readouterr().out
+
+
+def test_flags_go_before_what_images_say(tmp_path):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "0.png")
+    words = "--flip --channels 3 --image-size 16 --guidance-scale 2".split()
+    found = fit(tmp_path, *words)
+    assert found.data == DataConfig(str(tmp_path), image_size=16, channels=3, flip=True)
+    assert found.ode.guidance_scale == 2
+
+
+def test_large_colour_images_have_the_size_of_the_preset(tmp_path):
+    save(tmp_path / "a" / "0.png", noise(64, 80, 3))
+    Image.fromarray(noise(64, 64)).save(tmp_path / "a" / "1.png")  # grey, among coloured ones
+    assert fit(tmp_path).data == DataConfig(str(tmp_path), image_size=32, channels=3)
+    small = fit(tmp_path, preset="textures").data
+    assert small == DataConfig(str(tmp_path), image_size=16, channels=3)
+
+
+def test_one_class_has_no_guidance(tmp_path, capsys):
+    save(tmp_path / "0.png", (1, 2, 3))
+    assert fit(tmp_path).ode.guidance_scale == 1
+    assert "one class: no guidance (see --guidance-scale)" in capsys.readouterr().out
+
+
+def test_a_bad_image_is_left_to_the_reader(tmp_path):
+    save(tmp_path / "0.png", (1, 2, 3))
+    (tmp_path / "1.png").write_text("hello")
+    assert fit(tmp_path).data.image_size == 8
+
+
+def test_what_is_drawn_fits_already():
+    for name in ("textures", "points"):
+        preset = PRESETS[name]
+        assert data.fit_to_images(preset, argparse.Namespace()) == preset
+
+
+def test_files_that_are_not_read_are_reported(tmp_path, capsys):
+    write_numbered(tmp_path, {"ant": 3, "bee": 3})
+    (tmp_path / "ant" / "x.gif").touch()
+    (tmp_path / "labels.csv").touch()
+    (tmp_path / ".DS_Store").touch()
+    data.note_unread(tmp_path, ["ant", "bee"])
+    assert capsys.readouterr().out == (
+        f"note: 2 files in {tmp_path} are not read, such as {tmp_path}/ant/x.gif\n"
+    )
+    data.note_unread(tmp_path / "bee", [])
+    assert not capsys.readouterr().out
+
+
+def test_a_folder_is_the_same_source_however_it_is_spelled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    for text in ("a", "./a", "a/", "a/../a", str(tmp_path / "a"), "link"):
+        assert data.data_source(text) == str(tmp_path.resolve() / "a")
+    assert data.data_source("textures") == "textures"
+
+
+def test_a_meta_json_of_another_program(tmp_path):
+    write_numbered(tmp_path, {"ant": 3})
+    (tmp_path / "meta.json").write_text('{"photographer": "A. N. Other"}')
+    assert len(read(tmp_path)) == 3
+    (tmp_path / "meta.json").write_text("[1, 2]")
+    with pytest.raises(UserError, match="meta.json is damaged, or was written by another program"):
+        read(tmp_path)
+    whole = dict(vae="0", classes=["a"], shape=[4, 2, 2], shards=0)
+    for change in (dict(shape="wide"), dict(shards="many"), dict(shape=None)):
+        (tmp_path / "meta.json").write_text(json.dumps(whole | change))
+        with pytest.raises(UserError, match="meta.json is damaged"):
+            read(tmp_path, 2, 4)
 
 
 # ---- load ----------------------------------------------------------------------------------------

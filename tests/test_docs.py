@@ -214,9 +214,10 @@ def test_commands_are_accepted(page, monkeypatch, tmp_path):
 
 
 def test_flags_exist(monkeypatch):
-    flags = {"--help", "--nproc_per_node"}  # the second is torchrun's
+    flags = {"--help", "--nproc_per_node", "--no-deps"}  # the last two: of torchrun and of pip
     required = {
         "latents.py": "--images a --out b",
+        "text.py": "--prompts a --encoder b --out c",
         "experiments/protocol.py": "--samples a --reference b",
     }
     for script in SCRIPTS:

@@ -120,7 +120,7 @@ def test_what_a_killed_writer_left_is_removed_after_ten_minutes(tmp_path):
     assert {*tmp_path.iterdir()} == {tmp_path / "file", new, another}
 
 
-def test_files_and_folders_in_the_way(tmp_path):
+def test_files_and_folders_in_the_way(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("text")
     for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
         with pytest.raises(UserError, match="cannot be a folder"):
@@ -128,6 +128,9 @@ def test_files_and_folders_in_the_way(tmp_path):
     with pytest.raises(UserError, match="is a folder, not a file to write to"):
         output_file(tmp_path)
     assert output_file(tmp_path / "a" / "b" / "c.png").parent.is_dir()
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write anywhere
+    with pytest.raises(UserError, match="nothing can be written into the folder"):
+        output_file(tmp_path / "file.png")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -200,16 +203,14 @@ def test_an_export_holds_the_weights_in_half_precision(tmp_path):
         assert torch.equal(content["ema"][name], weight.half())
 
 
-def test_an_export_does_not_overwrite_a_training(tmp_path):
+@pytest.mark.parametrize("content", [saved(GOOD | dict(optimizer={})), saved(GOOD), b"a picture"])
+def test_an_export_overwrites_nothing(tmp_path, content):
     path = tmp_path / "x.pt"
-    path.write_bytes(saved(GOOD | dict(optimizer={})))
-    before = path.read_bytes()
+    path.write_bytes(content)
     for write in (lambda: export_file(path), lambda: export(path, "classifier", {}, {})):
-        with pytest.raises(UserError, match="holds a training: export to another file"):
+        with pytest.raises(UserError, match="is there already: export to another file, or remove"):
             write()
-    assert path.read_bytes() == before
-    path.write_bytes(saved(GOOD))
-    assert export_file(path) == path  # an earlier export may go
+    assert path.read_bytes() == content
 
 
 # ---- small things --------------------------------------------------------------------------------
@@ -228,6 +229,27 @@ def test_a_missing_package_is_named():
     assert optional_import("json").dumps(1) == "1"
     with pytest.raises(UserError, match="the package no-such-package: pip install -r"):
         optional_import("no_such_package.inner")
+    with pytest.raises(UserError, match="the package no-such-package: pip install that"):
+        optional_import("no_such_package", install="that")
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("import no_such_package", "the package no-such-package: pip install"),
+        ("raise RuntimeError('no operator\\nnms')", "broken_one, which is there but broken .no operator nms.: "),
+        ("raise OSError('lib.so: cannot open')", "broken .lib.so: cannot open.: pip install"),
+        ("from json import nothing", "which is there but broken .cannot import name 'nothing'"),
+        ("1 +", "which is there but broken .invalid syntax"),
+    ],
+)
+def test_a_broken_package_is_named(tmp_path, monkeypatch, content, says):
+    """Such as torchvision, where it was made for another PyTorch."""
+    (tmp_path / "broken_one.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=says.replace("broken_one", "broken-one")) as error:
+        optional_import("broken_one")
+    assert "\n" not in str(error.value)
 
 
 def test_a_fingerprint_tells_weights_apart():

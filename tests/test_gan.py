@@ -263,7 +263,7 @@ def test_without_a_gan_loss_micro_batches_change_nothing(tmp_path):
 
 def test_in_bfloat16_with_checkpointing(tmp_path):
     _, [expected] = run(tmp_path / "1.pt")
-    runtime = Runtime(torch.device("cpu"), bf16=True, checkpointing=True)
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16, checkpointing=True)
     _, [found] = run(tmp_path / "2.pt", runtime=runtime)
     assert expected[3] > 0 and found[1] == pytest.approx(expected[1], rel=0.02)
     assert found[4:] == pytest.approx(expected[4:], rel=0.1)

@@ -210,12 +210,22 @@ def test_an_autoencoder_must_be_whole_and_have_four_channels(vae_folder, tmp_pat
     with pytest.raises(UserError, match="is not whole: it has no decoder.conv_in.bias"):
         load_vae(str(tmp_path / "cut"), CPU.device)
     (tmp_path / "cut" / "config.json").write_text(config.replace("8,", "16,"))
-    (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "config.json").write_text("hello")
-    for name in ("cut", "text", "nowhere"):
+    for name, content in (("text", "hello"), ("odd", config.replace("4", '"many"'))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+    for name in ("cut", "text", "odd", "nowhere"):
         with pytest.raises(UserError, match=f"no autoencoder '.*{name}'.*: name a folder") as e:
             load_vae(str(tmp_path / name), CPU.device)
         assert "\n" not in str(e.value) and len(str(e.value)) < 400
+
+
+def test_an_autoencoder_with_values_that_are_not_finite(tmp_path):
+    vae = make_vae()
+    with torch.no_grad():
+        vae.quant_conv.bias[0] = float("nan")
+    vae.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="is damaged: quant_conv.bias holds values that are not"):
+        load_vae(str(tmp_path / "nan"), CPU.device)
 
 
 def test_latents_cannot_be_mirrored_later(place, vae_folder):

@@ -8,7 +8,7 @@ import torch
 
 import machine
 from files import UserError
-from machine import Progress, Runtime, pick_device, runtime_from
+from machine import Progress, Runtime, pick_device, runtime_from, short_dtype
 from tiny import random_dit
 
 CPU = torch.device("cpu")
@@ -45,7 +45,8 @@ def test_a_gpu_that_is_not_there(monkeypatch):
 )
 def test_a_flag_goes_before_the_presets_choice(bf16_cpu, flag, default, used):
     flags = Namespace(device="cpu", bf16=flag, checkpointing=flag, accumulate=None, compile=False)
-    expected = Runtime(CPU, bf16=used, checkpointing=used)
+    dtype = torch.bfloat16 if used else torch.float32
+    expected = Runtime(CPU, dtype, checkpointing=used)
     assert runtime_from(flags, bf16=default, checkpointing=default) == expected
 
 
@@ -53,30 +54,53 @@ def test_bfloat16_is_used_only_where_it_is_native(monkeypatch):
     flags = Namespace(device="cpu", bf16=True)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False, raising=False)
     assert runtime_from(flags).precision == "float32"
+    assert short_dtype(torch.device("mps")) == torch.float32
 
 
-def test_bfloat16_keeps_float32_weights_and_almost_the_gradient(bf16_cpu):
+@pytest.mark.parametrize(
+    "capability, dtype",
+    [((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16)],
+)
+def test_older_gpus_multiply_in_float16(monkeypatch, capability, dtype):
+    """V100, T4 and A100."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert short_dtype(torch.device("cuda")) == dtype
+
+
+def test_a_machine_without_a_compiler_says_so_before_the_work(monkeypatch):
+    def fail(function):
+        raise RuntimeError("no compiler:\n g++")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    flags = Namespace(device="cpu", bf16=False, compile=True)
+    with pytest.raises(UserError, match="--compile does not work .* .no compiler: g...: leave it"):
+        runtime_from(flags)
+    assert not runtime_from(Namespace(device="cpu", bf16=False, compile=False)).compile
+
+
+@pytest.mark.parametrize("short, error", [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
+def test_sixteen_bits_keep_float32_weights_and_almost_the_gradient(bf16_cpu, short, error):
     model = random_dit(history="causal", history_layers=1)
     torch.manual_seed(0)
     x, timesteps, y = torch.randn(4, 2, 3, 8, 8), torch.tensor([900.0, 400.0]), torch.arange(4)
     gradients = []
-    for bf16 in (False, True):
+    for dtype in (torch.float32, short):
         model.zero_grad()
-        with Runtime(CPU, bf16).autocast():
+        with Runtime(CPU, dtype).autocast():
             output = model(x, timesteps, y)
-        assert output.dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert output.dtype == dtype
         output.float().square().mean().backward()
         found = [weight.grad for weight in model.parameters() if weight.grad is not None]
         assert all(gradient.dtype == torch.float32 for gradient in found)
         gradients.append(torch.cat([gradient.flatten() for gradient in found]))
     gap = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert 0 < gap < 0.05  # bfloat16 keeps 8 bits
+    assert 0 < gap < error  # bfloat16 keeps 8 bits, float16 11
 
 
 def test_a_weight_used_without_and_then_with_gradient_gets_one_in_bfloat16(bf16_cpu):
     """With autocast's cache, the bfloat16 copy made under no_grad would be used again."""
     layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
-    with Runtime(CPU, bf16=True).autocast():
+    with Runtime(CPU, torch.bfloat16).autocast():
         with torch.no_grad():
             layer(x)
         layer(x).sum().backward()

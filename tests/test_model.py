@@ -394,3 +394,110 @@ def test_timesteps_become_256_sinusoids_cosines_first():
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
     found = embedder(torch.from_numpy(timesteps)).numpy()
     np.testing.assert_allclose(found, expected, atol=3e-4)  # 999 rad in float32
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+
+class FewPrompts:
+    """Three prompts of 2, 4 and 1 words, padded to 4; the last is the empty one."""
+
+    vectors = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(3))
+    words = torch.tensor([2, 4, 1])
+
+    def __getitem__(self, y):
+        is_word = torch.arange(4) < self.words[y][:, None]
+        return self.vectors.to(torch.get_default_dtype())[y] * is_word[..., None]
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+def text_network(**changes):
+    model = network(text_width=8, **changes)
+    model.prompts = FewPrompts()
+    return model
+
+
+def plain_text_dit(model, x, timesteps, y, mask):
+    """PixArt-α's network over all tokens of a trajectory in one row, with a dense mask. Every state
+    reads its text by itself, word by word without padding."""
+    w = model.state_dict(keep_vars=True)
+    b, s = x.shape[:2]
+
+    def linear(name, v):
+        return v @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def norm(v, shift, scale):
+        return F.layer_norm(v, v.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+    def attend(q, k, v, mask=None):
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(0, 1) for t in (q, k, v))
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    outputs = []
+    for i in range(b):
+        h = torch.cat([model.embed(x[[i]])[0, j] for j in range(s)])        # (s·n, width)
+        words = FewPrompts()[y[[i]]][0, : FewPrompts.words[y[i]]]
+        words = linear("text_embedder.2", F.gelu(linear("text_embedder.0", words), approximate="tanh"))
+        time = model.t_embedder(timesteps)                                  # (s, width)
+        six = linear("shared_modulation.1", F.silu(time)).repeat_interleave(TOKENS, 0)
+        for layer in range(3):
+            name = f"blocks.{layer}"
+            vectors = (six + w[f"{name}.adaLN_modulation.scale_shift_table"]).chunk(6, -1)
+            q, k, v = linear(f"{name}.attn.qkv", norm(h, *vectors[:2])).chunk(3, -1)
+            seen = mask if layer < 2 else history_mask("none", s, TOKENS)
+            h = h + vectors[2] * linear(f"{name}.attn.proj", attend(q, k, v, seen))
+            k, v = linear(f"{name}.cross_attn.kv", words).chunk(2, -1)
+            read = [attend(linear(f"{name}.cross_attn.q", h[[t]]), k, v) for t in range(len(h))]
+            h = h + linear(f"{name}.cross_attn.proj", torch.cat(read))
+            u = linear(f"{name}.mlp.fc1", norm(h, *vectors[3:5]))
+            h = h + vectors[5] * linear(f"{name}.mlp.fc2", F.gelu(u, approximate="tanh"))
+        two = time.repeat(1, 2).repeat_interleave(TOKENS, 0)
+        shift, scale = (two + w["final_layer.adaLN_modulation.scale_shift_table"]).chunk(2, -1)
+        out = linear("final_layer.linear", norm(h, shift, scale))
+        outputs.append(out.reshape(s, 3, 3, 2, 2, 3).permute(0, 5, 1, 3, 2, 4).reshape(s, 3, 6, 6))
+    return torch.stack(outputs)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("history", HISTORIES)
+def test_a_text_network_equals_dense_attention_with_a_text_for_each_state(history):
+    model = text_network(history=history, history_layers=2)
+    x, timesteps, _ = trajectory()
+    y = torch.tensor([0, 1])
+    out = run(model, x, timesteps, y)
+    expected = plain_text_dit(model, x, timesteps, y, history_mask(history, STATES, TOKENS))
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    trained = [w for w in model.parameters() if w.requires_grad]
+    gradients, dense = (
+        torch.autograd.grad(o.square().mean(), trained) for o in (out, expected)
+    )
+    for ours, reference in zip(gradients, dense, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-7, atol=1e-9)
+
+
+def test_the_texts_keys_and_values_are_computed_once_for_a_sample():
+    model = text_network(history="causal", history_layers=2)
+    x, timesteps, _ = trajectory()
+    y, calls = torch.tensor([0, -1]), []
+    for layer in model.blocks:
+        layer.cross_attn.kv.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        full = run(model, x, timesteps, y)
+        assert len(calls) == 3  # once in each layer, for all four states
+        stepwise = run_stepwise(model, x, timesteps, y, KVCache(STATES))
+    assert len(calls) == 3 + 3  # and once in each layer, for all four steps
+    torch.testing.assert_close(stepwise, full, rtol=1e-5, atol=1e-5)
+
+
+def test_a_text_network_has_no_classes():
+    names = set(text_network().state_dict())
+    assert not any("y_embedder" in name for name in names)
+    fresh = DiT(replace(TINY, text_width=8))
+    fresh.prompts = FewPrompts()
+    x, timesteps, _ = trajectory()
+    assert torch.equal(fresh(x, timesteps, torch.tensor([0, 1])), torch.zeros_like(x))

@@ -269,7 +269,7 @@ def flow(t):
     linear_network(lambda t: -best_slope("dit", t)),
 ], ids=["random", "zero", "flow", "negative"])
 def test_a_teacher_that_behaves_like_none_is_refused(tmp_path, weights):
-    says = "like none of DiT, SiT and REPA .* teacher_kind"
+    says = "like none of DiT, SiT and REPA .* --teacher-kind"
     refused(says, save(tmp_path / "a.pt", weights), "teacher")
 
 

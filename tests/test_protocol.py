@@ -1,6 +1,7 @@
 """ADM's protocol, with a reference file, an Inception network of random weights and images that are
 made here."""
 
+import importlib.util
 import sys
 
 import numpy as np
@@ -157,28 +158,37 @@ def test_the_program(tmp_path, made_up_features, monkeypatch, capsys):
     assert '"images": 50' in (tmp_path / "protocol.json").read_text()
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    """torch-fidelity may be there, and torchvision, which it needs, may not."""
-    package = tmp_path / "torch_fidelity"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    broken = package / "feature_extractor_inceptionv3.py"
-    broken.write_text("import torchvision_that_is_not_there")
+@pytest.fixture
+def no_modules(monkeypatch):
+    """torch-fidelity, if it is there, has not been imported yet."""
     for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="the package torchvision-that-is-not-there: pip install"):
+    yield
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
+        del sys.modules[name]
+
+
+def test_a_missing_package_is_named(no_modules, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # so Python does not find it
+    with pytest.raises(UserError, match="torch-fidelity: pip install --no-deps torch-fidelity"):
         module.load_inception(None, CPU)
-    sys.modules.pop("torch_fidelity")
+
+
+def test_torchvision_is_not_needed(no_modules, tmp_path, monkeypatch):
+    """The rest of torch-fidelity imports it; where it was made for another PyTorch, it fails."""
+    package = tmp_path / "torch_fidelity"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('no operator torchvision::nms')")
+    (package / "feature_extractor_inceptionv3.py").write_text("name = 'found'")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert module.import_inception().name == "found"
 
 
 def test_inception(tmp_path, monkeypatch):
     """ADM's features, by name, from torch-fidelity's network with random weights."""
-    fidelity = pytest.importorskip(
-        "torch_fidelity.feature_extractor_inceptionv3",
-        reason="optional package",
-        exc_type=ImportError,
-    )
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("optional package torch-fidelity")
+    fidelity = module.import_inception()
     torch.manual_seed(0)
     with monkeypatch.context() as patch:
         patch.setattr(fidelity, "load_state_dict_from_url", lambda *args, **more: None)

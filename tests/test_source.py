@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (  # a module imports only from those before it: this is also the order in which to read
-    "config files machine command_line model training shards scenes data teacher latents "
+    "config files figures machine command_line model training shards scenes text data teacher latents "
     "pretrained sample trajectories metrics evaluate distill gan"
 ).split()
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))

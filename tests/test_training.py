@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import training
@@ -32,6 +33,7 @@ ALL_SAVED = {  # what a checkpoint holds
     "ema",
     "model",
     "optimizer",
+    "scaler",
     "iteration",
     "losses",
     "loss_sum",
@@ -54,7 +56,7 @@ def toy_loss(model, iteration):
     return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
 
-def toy_train(file, loss=toy_loss, record=RECORD, **more):
+def toy_train(file, loss=toy_loss, record=RECORD, runtime=CPU, **more):
     """A training of 30 iterations whose batches hold nothing but the number of the iteration."""
 
     def batch_at(iteration):
@@ -63,7 +65,7 @@ def toy_train(file, loss=toy_loss, record=RECORD, **more):
     def loss_of(model, iterations):
         return loss(model, int(iterations[0]))
 
-    return train("classifier", toy_model(), loss_of, batch_at, file, record, CPU, **more)
+    return train("classifier", toy_model(), loss_of, batch_at, file, record, runtime, **more)
 
 
 def same(a, b) -> bool:
@@ -340,7 +342,102 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path):
     assert all(weight.isfinite().all() for weight in read(file)["model"].values())
 
 
+# ---- float16 -------------------------------------------------------------------------------------
+
+FLOAT16 = Runtime(torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_small_gradients_survive_in_float16_because_they_are_scaled(with_scaler):
+    """Float16 holds nothing between 0 and 6e-8."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(3, 3), torch.randn(4, 3)
+    scaler = training.make_scaler(FLOAT16) if with_scaler else None
+
+    def loss_of(network, x):
+        return 1e-9 * network(x).float().sum()
+
+    gradients = []
+    for runtime, chosen in ((CPU, None), (FLOAT16, scaler)):
+        layer.zero_grad()
+        training.accumulate_gradients(layer, loss_of, [(x,)], runtime, chosen)
+        gradients.append(layer.weight.grad.clone())
+    exact, short = gradients
+    if with_scaler:
+        torch.testing.assert_close(short / scaler.get_scale(), exact, rtol=1e-2, atol=0)
+    else:
+        assert exact.all() and not short.any()
+
+
+def test_a_training_in_float16_learns_and_continues_to_the_bit(tmp_path):
+    whole, losses = toy_train(tmp_path / "whole.pt", runtime=FLOAT16)
+    assert losses[-1][1] < losses[0][1] / 2
+    with pytest.raises(RuntimeError, match="the power went"):
+        toy_train(tmp_path / "cut.pt", at_iteration(17, crash), runtime=FLOAT16, save_seconds=-1)
+    assert read(tmp_path / "cut.pt")["scaler"]["_growth_tracker"] > 0
+    continued, _ = toy_train(tmp_path / "cut.pt", runtime=FLOAT16)
+    assert same(continued.state_dict(), whole.state_dict())
+    assert same(read(tmp_path / "cut.pt"), read(tmp_path / "whole.pt"))
+
+
+def test_a_step_with_an_infinite_gradient_is_left_out(tmp_path):
+    """The gradient is scaled by 65,536 at first. Where that is infinite in float16, the next is
+    scaled half as much."""
+    def loss(model, iteration):
+        return toy_loss(model, iteration) * (1e6 if iteration == 20 else 1)
+
+    taken = {}
+    for name, chosen in (("plain", toy_loss), ("spike", loss)):
+        toy_train(tmp_path / f"{name}.pt", chosen, runtime=FLOAT16)
+        saved = read(tmp_path / f"{name}.pt")
+        left_out = math.log2(65536 / saved["scaler"]["scale"])
+        taken[name] = saved["optimizer"]["state"][0]["step"]
+        assert taken[name] == 30 - left_out
+    assert taken["spike"] == taken["plain"] - 1
+
+
+def test_a_gradient_that_is_infinite_at_any_scale_ends_the_training(tmp_path):
+    def loss(model, iteration):
+        return (0 * model[0].bias).sum().sqrt()
+
+    record = replace(RECORD, training=replace(RECORD.training, iterations=100))
+    with pytest.raises(UserError, match="the loss is not finite at iteration"):
+        toy_train(tmp_path / "out.pt", loss, record, FLOAT16)
+
+
+# ---- the curve -----------------------------------------------------------------------------------
+
+
+def test_a_curve_of_the_losses_is_drawn_in_the_end(tmp_path):
+    toy_train(tmp_path / "out.pt")
+    assert Image.open(tmp_path / "out-loss.png").width > 500
+    record = replace(RECORD, training=replace(RECORD.training, iterations=1))
+    toy_train(tmp_path / "short.pt", record=record)
+    assert (tmp_path / "short-loss.png").exists()
+
+
 # ---- what is in the way --------------------------------------------------------------------------
+
+
+def test_two_trainings_at_once_do_not_share_a_file(tmp_path):
+    file = tmp_path / "out.pt"
+
+    def second_training():
+        with pytest.raises(UserError, match="another process is training .*out.pt now: wait for it"):
+            toy_train(file)
+
+    _, losses = toy_train(file, at_iteration(11, second_training))
+    assert read(file)["losses"] == losses and not list(tmp_path.glob("*.lock"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_training_leaves_no_lock(tmp_path):
+    script = "import sys, os, training, pathlib\n"
+    script += "with training.only_training(pathlib.Path(sys.argv[1])): os._exit(9)"
+    command = [sys.executable, "-c", script, tmp_path / "out.pt"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    assert (tmp_path / ".out.pt.lock").exists()
+    toy_train(tmp_path / "out.pt")
 
 
 def test_another_training_in_the_way_is_told_apart_by_one_setting(tmp_path):

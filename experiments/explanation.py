@@ -1,0 +1,115 @@
+"""When history helps: one figure from the committed results of the ablations.
+
+A history can repair what the last state has lost, as far as the student can read it in the noise
+x_T. Both sides of this sentence can be measured:
+
+    what the last state has lost    the error of a student without history at its second step, where
+                                    it reads the teacher's own state and nothing else
+    what can be read in x_T         the error of a student of a single step, which reads x_T alone
+
+Their quotient is the horizontal axis. To the right of 1, x_T says more than the last state does.
+The vertical axis is how many times as large the final error is without history.
+
+    python experiments/explanation.py        writes assets/explanation.png
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from command_line import make_parser, run_program
+from figures import new_figure, save_figure
+
+RESULTS = Path(__file__).parent / "results"
+ASSETS = Path(__file__).parents[1] / "assets"
+POINTS, SHAPES, TEXTURES = "ablation-points", "ablation-shapes", "ablation-textures"
+
+# label: (file of the two students, without history, with history, file of the one-step student)
+SETTINGS = {
+    "points, x0": (POINTS, "history_layers=0", "preset", POINTS),
+    "points, states, direction": (
+        POINTS,
+        "history_layers=0,targets=states,output=direction",
+        "targets=states,output=direction",
+        POINTS,
+    ),
+    "shapes, states, direction": (SHAPES, "history_layers=0", "preset", SHAPES),
+    "shapes, x0": (
+        SHAPES,
+        "history_layers=0,targets=x0,output=state",
+        "history_layers=6,targets=x0,output=state",
+        SHAPES,
+    ),
+    "textures, x0, plain": (
+        TEXTURES,
+        "history_layers=0,noise_shortcut=False",
+        "noise_shortcut=False",
+        TEXTURES,
+    ),
+    "textures, x0, noise shortcut": (
+        TEXTURES,
+        "history_layers=0,noise_shortcut=False",
+        "preset",
+        TEXTURES,
+    ),
+}
+ONE_STEP = {
+    POINTS: "steps=1,history_layers=0",
+    SHAPES: "steps=1,history_layers=0",
+    TEXTURES: "steps=1,history_layers=0,noise_shortcut=False",
+}
+
+
+def students_of(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["students"]
+
+
+def mean(runs: list[dict], measure) -> float:
+    return statistics.mean(measure(run) for run in runs)
+
+
+def coordinates() -> dict[str, tuple[float, float]]:
+    """{label: (lost / readable, ratio of errors)}, means over seeds."""
+    found = {}
+    for label, (file, without, with_history, one_step) in SETTINGS.items():
+        students = students_of(file)
+        control, student = students[without], students[with_history]
+        lost = mean(control, lambda run: run["exposure"]["teacher"][1])
+        readable = mean(students_of(one_step)[ONE_STEP[one_step]], lambda run: run["error"])
+        errors = [mean(runs, lambda run: run["error"]) for runs in (control, student)]
+        found[label] = (lost / readable, errors[0] / errors[1])
+    return found
+
+
+def draw(points: dict[str, tuple[float, float]], file: Path):
+    figure, axes = new_figure(6.5, 4.4)
+    axis = axes[0, 0]
+    for label, (x, y) in points.items():
+        axis.plot(x, y, "o")
+        axis.annotate(label, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+    axis.axvline(1, color="0.7", linewidth=1)
+    axis.axhline(1, color="0.7", linewidth=1)
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="error of the second step without history / error of a single step from x_T",
+        ylabel="final error without history / with history",
+    )
+    axis.margins(0.2)
+    save_figure(figure, file)
+
+
+def main():
+    make_parser(__doc__).parse_args()
+    points = coordinates()
+    for label, (x, y) in points.items():
+        print(f"{label:32} {x:10.4f} {y:8.2f}")
+    draw(points, ASSETS / "explanation.png")
+    print(f"wrote {ASSETS / 'explanation.png'}")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,38 @@
+"""Figures: a thin layer over matplotlib, and the curves of a training."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from files import output_file
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure of that many inches, and its panels, an array (rows, columns)."""
+    figure = Figure((width, height), layout="tight")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(figure: Figure, file: Path):
+    figure.savefig(output_file(file), dpi=110, bbox_inches="tight")
+
+
+def draw_curves(curves: list[tuple], file: Path, **words):
+    """Curves (x, y, format, label), y on a logarithmic axis. `words`: title, xlabel and ylabel."""
+    figure, axes = new_figure(6.5, 4.2)
+    axis = axes[0, 0]
+    for x, y, style, label in curves:
+        axis.plot(x, y, style, label=label)
+    axis.set(yscale="log", **words)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
+    save_figure(figure, file)
+
+
+def draw_losses(losses: dict[str, list], file: Path):
+    """losses: {name: [(iteration, mean loss, …), …]}."""
+    curves = []
+    for i, (name, entries) in enumerate(losses.items()):
+        iterations, values, *_ = zip(*entries, strict=True)
+        curves.append((iterations, values, f"C{i}", name))
+    draw_curves(curves, file, title="Training", xlabel="iteration", ylabel="loss")

@@ -1,0 +1,115 @@
+"""Scenes can be read back without a learned network. So the score of a generated image is exact: a
+true scene fulfils its caption, and the caption of another scene is fulfilled by chance only."""
+
+import math
+
+import numpy as np
+import pytest
+
+from scenes import (
+    CATEGORIES,
+    HELD_OUT,
+    Caption,
+    Thing,
+    adherence,
+    all_captions,
+    caption_list,
+    caption_weights,
+    draw_scene,
+    draw_scenes,
+    fulfils,
+    place,
+    read_scene,
+    score,
+)
+
+
+def scenes(captions, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.stack([draw_scene(place(caption, rng)) for caption in captions])
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_true_scenes_are_read_back(held_out):
+    captions = caption_list(held_out)
+    rng = np.random.default_rng(1)
+    chosen = [captions[i] for i in rng.choice(len(captions), 300, p=caption_weights(captions))]
+    scores = adherence(scenes(chosen), chosen)
+    assert min(scores.values()) >= 0.995
+    assert set(CATEGORIES) < set(scores)
+
+
+def test_shuffled_captions_are_fulfilled_by_chance_only():
+    captions = caption_list()
+    rng = np.random.default_rng(2)
+    chosen = [captions[i] for i in rng.choice(len(captions), 300, p=caption_weights(captions))]
+    scores = adherence(scenes(chosen), chosen[1:] + chosen[:1])
+    assert scores["all right"] < 0.03 and scores["relation right"] < 0.03
+
+
+def test_what_a_thing_is_and_where():
+    things = [
+        Thing("red", "star", 8.3, 9.1, 4.6),
+        Thing("blue", "ring", 22.0, 20.7, 5.0),
+    ]
+    found = sorted(read_scene(draw_scene(things)), key=lambda thing: thing.x)
+    assert [(thing.colour, thing.shape) for thing in found] == [("red", "star"), ("blue", "ring")]
+    for thing, true in zip(found, things, strict=True):
+        assert math.hypot(thing.x - true.x, thing.y - true.y) < 0.5
+        assert abs(thing.radius - true.radius) < 0.4
+
+
+RED_STAR, BLUE_RING = ("red", "star"), ("blue", "ring")
+
+
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        (Caption("two", (RED_STAR, BLUE_RING)), dict(binding=1, count=1, all=1)),
+        (Caption("two", (("red", "ring"), ("blue", "star"))), dict(binding=0, count=1, all=0)),
+        (Caption("one", (RED_STAR,)), dict(binding=1, count=0, all=0)),
+        (Caption("relation", (RED_STAR, BLUE_RING), "left of"), dict(relation=1, all=1)),
+        (Caption("relation", (BLUE_RING, RED_STAR), "left of"), dict(relation=0, binding=1, all=0)),
+        (Caption("relation", (RED_STAR, BLUE_RING), "above"), dict(relation=0, all=0)),
+        (Caption("count", (RED_STAR,) * 2), dict(binding=0, count=1, all=0)),
+    ],
+)
+def test_scores(caption, expected):
+    things = [Thing("red", "star", 8, 12, 4.5), Thing("blue", "ring", 22, 18, 4.5)]
+    found = score(caption, things)
+    assert {key: found[key] for key in expected} == expected
+
+
+def test_a_relation_goes_further_in_its_direction_than_across():
+    here = Thing("red", "star", 10, 10, 4)
+    for x, y, left, above in ((20, 12, True, False), (12, 20, False, True), (2, 10, False, False)):
+        there = Thing("blue", "ring", x, y, 4)
+        assert fulfils("left of", [here, there]) == left
+        assert fulfils("above", [here, there]) == above
+
+
+def test_held_out_pairs_never_occur_in_training():
+    named = {thing for caption in caption_list() for thing in caption.things}
+    assert named.isdisjoint(HELD_OUT) and len(named) + len(HELD_OUT) == 30
+    colours, shapes = zip(*HELD_OUT, strict=True)
+    assert set(colours) == {colour for colour, _ in named}  # each colour and each shape is seen
+    assert set(shapes) <= {shape for _, shape in named}
+    assert len(caption_list()) + len(caption_list(held_out=True)) == len(all_captions()) == 2700
+
+
+def test_all_categories_are_equally_frequent():
+    captions = caption_list()
+    weights = caption_weights(captions)
+    for category in CATEGORIES:
+        chosen = [caption.category == category for caption in captions]
+        assert weights[chosen].sum() == pytest.approx(1 / 4)
+
+
+def test_a_scene_depends_on_seed_and_number_only():
+    images, labels = draw_scenes(6, seed=3)
+    fewer, _ = draw_scenes(2, seed=3)
+    others, _ = draw_scenes(2, seed=4)
+    assert np.array_equal(images[:2], fewer) and not np.array_equal(fewer, others)
+    captions = caption_list()
+    for image, label in zip(images, labels, strict=True):
+        assert score(captions[label], read_scene(image))["all"] == 1
