@@ -123,6 +123,16 @@ def add_teacher_kind(parser):
     )
 
 
+def add_prompts_flag(parser):
+    """The prompts of a text network: see use_prompts in pixart.py."""
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="DIR",
+        help="of PixArt-α: prompts that text.py has encoded",
+    )
+
+
 def add_training_flags(parser):
     """The flags of every training. Those with a preset's value have no default here."""
     group = parser.add_argument_group("training")

@@ -20,6 +20,7 @@ back.
     scenes         small pictures with captions: text-to-image in miniature
     cifar10        a folder of images (--data), such as CIFAR-10: a GPU
     imagenet256    the paper's setting: DiT-XL/2 on latents of 256×256 images, public teacher
+    pixart256      text-to-image with PixArt-α, a public teacher, on latents of 256×256 images
 """
 
 import dataclasses
@@ -396,3 +397,10 @@ PRESETS = {
         checkpointing=True,
     ),
 }
+# PixArt-α has the ODE of the public DiT, and guides all channels (arXiv 2310.00426).
+PRESETS["pixart256"] = dataclasses.replace(
+    PRESETS["imagenet256"],
+    ode=dataclasses.replace(PUBLIC_DIT_ODE, guidance_scale=4.5, guided_channels=None),
+    gan=None,
+    gan_training=None,
+)

@@ -71,6 +71,7 @@ import torch
 
 import data
 from command_line import (
+    add_prompts_flag,
     add_teacher_flags,
     add_training_flags,
     fraction,
@@ -93,6 +94,7 @@ from evaluate import report
 from files import UserError, export, fingerprint, load_weights, output_folder
 from machine import Runtime, rank, runtime_from, world_size
 from model import DiT
+from pixart import use_prompts
 from pretrained import find_teacher
 from sample import few_step, predict_all
 from teacher import NOISE_PATHS
@@ -266,6 +268,7 @@ def parse_flags():
     add("--preset", choices=PRESETS, default="textures", help="sets everything (default: textures)")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET)")
     add_teacher_flags(parser)
+    add_prompts_flag(parser)
     add("--trajectories", dest="folder", type=Path, metavar="DIR", help="read or written there")
     add("--no-control", action="store_true", help="train no second student without history")
     add_student_flags(parser)
@@ -284,6 +287,7 @@ def main():
     teacher, teacher_record = find_teacher(
         flags.teacher_file, flags.preset, out, runtime.device, flags.teacher_kind
     )
+    teacher_record = use_prompts(teacher, teacher_record, flags.prompts)
     # A preset's timesteps are for its own number of steps and its own noise path. For others,
     # make_student derives them from the times of the states.
     usual = PRESETS[flags.preset]

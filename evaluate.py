@@ -76,6 +76,7 @@ from model import visible_keys
 from pretrained import ASSETS, load_network
 from sample import few_step, next_state, predict_all, student_times
 from teacher import solve
+from text import prompt_length
 from training import learning_rate, make_optimizer
 
 REPORT_IMAGES = 1000  # of each method, at the end of a training
@@ -607,7 +608,15 @@ def count_macs(config: ModelConfig, states: int = 1) -> int:
     pairs = config.depth * states + config.history_layers * earlier
     per_pair = 2 * n * n * d  # q·k, and the weighted sum of values
     shortcut = n * d * d if config.noise_shortcut else 0  # for x_T only
-    return states * (n * per_token + per_state) + pairs * per_pair + shortcut
+    prompt = 0
+    if config.reads_text:
+        # Cross-attention has as many weights for a token (q, proj) as for a word (k and v), and
+        # each token attends to each word. All layers share one modulation.
+        words = prompt_length(config.text_width)
+        per_token += config.depth * 2 * d * (d + words)
+        prompt = words * d * (config.text_width + d + config.depth * 2 * d)  # once for all states
+        per_state = 256 * d + 7 * d * d
+    return states * (n * per_token + per_state) + pairs * per_pair + shortcut + prompt
 
 
 def history_costs(flags) -> dict[str, dict]:

@@ -146,14 +146,30 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
 
 def check_checkpoint(content: dict, path, *kinds: str) -> dict:
     kind = content.get("kind")
-    if kind not in RECORDS or not {"record", "ema"} <= content.keys():
+    if kind not in list(RECORDS) or not {"record", "ema"} <= content.keys():
         raise UserError(f"{path} is not a checkpoint of this project: it has no 'kind' or 'record'")
     if kind not in kinds:
         raise UserError(f"{path} holds a {kind}, and a {' or '.join(kinds)} is needed")
+    for name, kind_of_value in dict(ema=dict, iteration=int, losses=list).items():
+        if not isinstance(content.get(name, kind_of_value()), kind_of_value):
+            raise UserError(f"{path} is damaged: its {name} is no {kind_of_value.__name__}")
     try:
-        return content | dict(record=from_dict(RECORDS[kind], content["record"]))
+        record = from_dict(RECORDS[kind], content["record"])
+        if kind != "classifier":
+            check_classes(record)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no {kind} that is known here: {error}") from None
+    return content | dict(record=record)
+
+
+def check_classes(record: TeacherRecord | StudentRecord):
+    """Raises ValueError where the classes of a record contradict one another."""
+    count, weights = len(record.classes), record.class_weights
+    has_no_names = record.model.reads_text and count == 0  # of encoded prompts
+    if count != record.model.classes and not has_no_names:
+        raise ValueError(f"{count} names for {record.model.classes} classes")
+    if weights and not (len(weights) == count and abs(sum(weights) - 1) < 1e-3):
+        raise ValueError(f"{len(weights)} frequencies of {count} classes, with a sum of not 1")
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path):

@@ -292,11 +292,12 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))    # (…, width)
 
 
-def sincos_positions(grid_size: int, width: int) -> torch.Tensor:
-    """Fixed 2-D positions, (1, grid_size², width). Half of the features are for the column and half
-    for the row; of each half, sines come first."""
+def sincos_positions(grid_size: int, width: int, scale: float = 1.0) -> torch.Tensor:
+    """Fixed 2-D positions, (1, grid_size², width), divided by `scale`. Half of the features are for
+    the column and half for the row; of each half, sines come first."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid_size, dtype=torch.float64)[:, None] * omega
+    places = torch.arange(grid_size, dtype=torch.float64) / scale
+    angles = places[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()           # (grid_size, width/2)
     column = repeat(line, "col d -> row col d", row=grid_size)
     row = repeat(line, "row d -> row col d", col=grid_size)

@@ -7,6 +7,7 @@
     REPA's SiT-XL/2, such as last.pt   (arXiv 2410.06940): a teacher
     0300000.pt of the authors' ARD     four output layers: a student
     a folder of `diffusers`            a DiT converted from the public weights: a teacher
+                                       PixArt-α (arXiv 2310.00426): a teacher that reads text
 
 All of them go wherever a program takes a checkpoint. A published file may be a `.safetensors` file,
 or a training checkpoint, of which the EMA is used. What a file does not say, such as the ODE that
@@ -42,7 +43,16 @@ from files import (
     optional_import,
     read_checkpoint,
 )
+from latents import SCALE
 from model import DiT, sincos_positions
+from pixart import (
+    PIXART_SETTINGS,
+    NoPrompts,
+    convert_pixart,
+    is_pixart,
+    pixart_record,
+    stack,
+)
 from text import scene_prompts
 
 ASSETS = Path(__file__).parent / "assets"
@@ -67,6 +77,8 @@ def load_network(file, *kinds, device="cpu", teacher_kind: str | None = None):
     to be recognised by its behaviour. Raises UserError where the file holds no such network."""
     file = find_file(Path(file), kinds)
     if file.is_dir():
+        if is_pixart(read_settings(file / "config.json")):
+            return pixart_teacher(file, kinds, device, teacher_kind)
         weights, heads = read_diffusers(file)
     else:
         content = read_file(file)
@@ -83,8 +95,9 @@ def own_network(content: dict, file: Path, kinds, device):
     content = check_checkpoint(content, file, *kinds)
     record = content["record"]
     model = make_network(record.model, content["ema"], file, device)
-    if record.data.source == "scenes":
-        model.prompts = scene_prompts()
+    if record.model.reads_text:
+        is_scenes = record.data.source == "scenes"
+        model.prompts = scene_prompts() if is_scenes else NoPrompts()
     training = getattr(record, "gan_training", None) or record.training
     done = content.get("iteration", training.iterations)
     if done < training.iterations:
@@ -344,9 +357,7 @@ def read_diffusers(folder: Path) -> tuple[dict, int]:
     frequencies are 10000^(−i/127), where the public DiT has 10000^(−i/128), and one of its
     LayerNorms adds 1e-5 instead of 1e-6. Here they run as they were trained."""
     settings = check_settings(folder / "config.json", TRANSFORMER)
-    scheduler = folder.parent / "scheduler" / "scheduler_config.json"
-    if scheduler.is_file():
-        check_settings(scheduler, SCHEDULER)
+    check_pipeline(folder)
     weights = {}
     for name, value in read_parts(folder).items():
         for pattern, public_name in PUBLIC_NAMES:
@@ -357,7 +368,7 @@ def read_diffusers(folder: Path) -> tuple[dict, int]:
                 "that was converted from public weights can be loaded"
             )
         weights[name] = value
-    join_qkv(weights)
+    stack(weights, "attn1", "qkv", "attn.qkv")
     try:
         heads, size = settings["num_attention_heads"], settings["sample_size"]
         width, _, patch, _ = weights[X_EMBEDDER].shape
@@ -367,17 +378,47 @@ def read_diffusers(folder: Path) -> tuple[dict, int]:
     return weights, heads
 
 
+def pixart_teacher(folder: Path, kinds, device, teacher_kind):
+    """A PixArt-α and its record, from a folder of diffusers. (See load_network.)"""
+    if "teacher" not in kinds:
+        raise UserError(f"{folder} holds a teacher, and a {' or '.join(kinds)} is needed")
+    if teacher_kind is not None:
+        raise UserError(f"{folder} says itself what it is: leave out --teacher-kind")
+    settings = check_settings(folder / "config.json", PIXART_SETTINGS)
+    check_pipeline(folder)
+    config, weights = convert_pixart(read_parts(folder), settings, folder)
+    model = make_network(config, weights, folder, device)
+    model.prompts = NoPrompts()
+    return model, pixart_record(config)
+
+
+def check_pipeline(folder: Path):
+    """Raises UserError where a transformer's pipeline has another ODE, or other latents."""
+    scheduler = folder.parent / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        check_settings(scheduler, SCHEDULER)
+    vae = folder.parent / "vae" / "config.json"
+    scale = read_settings(vae).get("scaling_factor", SCALE) if vae.is_file() else SCALE
+    if scale != SCALE:  # as in PixArt-Σ
+        raise UserError(f"{vae} scales latents by {scale}: only {SCALE} can be decoded")
+
+
+def read_settings(file: Path) -> dict:
+    """The settings in a JSON file. Raises UserError."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{file} cannot be read as settings of diffusers") from None
+
+
 def check_settings(file: Path, needed: dict) -> dict:
     """The settings in a JSON file. Raises UserError where one differs from what is needed."""
-    try:
-        settings = json.loads(file.read_text())
-        found = {name: settings.get(name) for name in needed}
-    except (ValueError, AttributeError):
-        raise UserError(f"{file} cannot be read as settings of diffusers") from None
+    settings = read_settings(file)
     for name, value in needed.items():
-        if found[name] != value and (found[name] or value):  # absent is the same as None or False
+        found = settings.get(name)
+        if found != value and (found or value):  # absent is the same as None or False
             raise UserError(
-                f"{file} says {name} = {found[name]}: only networks with {value} can be loaded"
+                f"{file} says {name} = {found}: only networks with {value} can be loaded"
             )
     return settings
 
@@ -393,12 +434,3 @@ def read_parts(folder: Path) -> dict:
     for file in sorted(files, key=lambda file: len(file.name), reverse=True):
         weights |= read_file(file)
     return weights
-
-
-def join_qkv(weights: dict):
-    """diffusers keeps the linear maps to q, k and v apart; the public DiT stacks them, in place."""
-    for first in [name for name in weights if ".attn1.to_q." in name]:
-        names = [first.replace("to_q", part) for part in ("to_q", "to_k", "to_v")]
-        if all(name in weights for name in names):
-            joined = torch.cat([weights.pop(name) for name in names])
-            weights[first.replace("attn1.to_q", "attn.qkv")] = joined

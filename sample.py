@@ -21,6 +21,7 @@ are: their times, the timesteps that the network is given, what is learned and w
     python sample.py --labels 0 2 --draw-trajectory  two classes, and how the images came to be
     python sample.py --count 50000 --npz             samples.npz, for ADM's evaluator
     python sample.py runs/scenes/student.pt --prompt "a red star left of a blue ring"
+    python sample.py runs/pixart256/student.pt --prompts DIR        prompts that text.py has encoded
 """
 
 import math
@@ -34,6 +35,7 @@ from PIL import Image
 
 import data
 from command_line import (
+    add_prompts_flag,
     add_teacher_kind,
     make_parser,
     non_negative,
@@ -46,6 +48,7 @@ from files import UserError, output_file, output_folder
 from latents import VAE, decode, load_vae
 from machine import Progress, add_machine_flags, gather, rank, runtime_from, world_size
 from model import KVCache
+from pixart import use_prompts
 from pretrained import ASSETS, load_network
 from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
 from text import LONGEST_CAPTION, Prompts
@@ -160,7 +163,8 @@ def parse_flags():
     )
     add("--count", type=positive_int, default=64, help="images (default: 64)")
     add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn")
-    add("--prompt", action="append", help="of a text network: what to draw (may be repeated)")
+    add("--prompt", action="append", help="of scenes: what to draw (may be repeated)")
+    add_prompts_flag(parser)
     add("--seed", type=non_negative_int, default=0, help="of the noises (default: 0)")
     add("--out", type=Path, default=Path("runs/samples"), help="folder (default: runs/samples)")
     add("--draw-trajectory", action="store_true", help="also draw the states of eight images")
@@ -190,6 +194,11 @@ class Sampler:
             teacher_kind=flags.teacher_kind,
         )
         self.seed = data.SAMPLING_SEED + flags.seed
+        self.record = use_prompts(self.model, self.record, flags.prompts)
+        if flags.prompts:
+            numbers = range(self.record.model.classes)
+            self.record = replace(self.record, classes=tuple(map(str, numbers)))
+            flags.labels = flags.labels or self.record.classes  # the prompts in turn
         self.labels = parse_labels(flags.labels, self.record.classes) if flags.labels else None
         channels = self.record.model.channels
         if self.record.model.image_size > 1 and channels not in (1, 3, 4):
@@ -211,6 +220,8 @@ class Sampler:
         """Make images for these prompts in turn, in place of the captions of training."""
         if not self.record.model.reads_text:
             raise UserError("this network is given classes, not text: use --labels, not --prompt")
+        if self.record.data.source != "scenes":
+            raise UserError("this network reads text of T5: encode it (text.py), and use --prompts")
         self.model.prompts = Prompts(prompts, LONGEST_CAPTION)
         self.record = replace(self.record, classes=tuple(prompts))
         self.labels = list(range(len(prompts)))

@@ -40,6 +40,7 @@ from shards import SHARD, Shards, read_meta, start_shards, write_shard
 WORD_WIDTH, PLACE_WIDTH = 48, 16  # features of a word, and of its place
 TEXT_WIDTH = WORD_WIDTH + PLACE_WIDTH
 LONGEST_CAPTION = 8  # words: "a red star left of a blue ring"
+T5_LENGTH = 120  # tokens of T5, as PixArt-α was trained
 
 
 @lru_cache(maxsize=1)
@@ -123,14 +124,20 @@ class EncodedPrompts:
         self.count, self.width = meta["count"], meta["width"]
         record = prompt_record(meta["length"], self.width)
         self.shards = Shards(folder, record, number_of_shards(self.count + 1))
-        self.vectors = None
+        # What these vectors are, for whoever stores results of them.
+        self.fingerprint = f"{meta['prompts']}-{meta['encoder']}"
+        self.latest = torch.empty(0).long(), None  # numbers, and their vectors
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, y):
-        rows = [self.row(int(i) % (self.count + 1)) for i in y]             # −1 is the last
-        return torch.from_numpy(np.stack(rows)).float().to(y.device)
+        numbers, vectors = y.cpu(), self.latest[1]
+        if not torch.equal(numbers, self.latest[0]):  # each Euler step reads the same prompts again
+            rows = [self.row(int(i) % (self.count + 1)) for i in numbers]   # −1 is the last
+            vectors = torch.from_numpy(np.stack(rows)).to(y.device).float()
+            self.latest = numbers, vectors
+        return vectors.to(y.device)
 
     def row(self, i: int) -> np.ndarray:
         """(length, width), zero behind the last token."""
@@ -145,6 +152,11 @@ class EncodedPrompts:
 def prompt_record(length: int, width: int) -> np.dtype:
     """What a shard holds of a prompt: its tokens, and their vectors. (`label` is its number.)"""
     return np.dtype([("label", "<i8"), ("tokens", "<i4"), ("vectors", "<f2", (length, width))])
+
+
+def prompt_length(text_width: int) -> int:
+    """The usual number of vectors of that width in a prompt, padding included."""
+    return LONGEST_CAPTION if text_width == TEXT_WIDTH else T5_LENGTH
 
 
 def number_of_shards(count: int) -> int:
@@ -198,7 +210,7 @@ def encode_t5(tokenizer, encoder, prompts: list[str], length: int):
 def write_prompts(file: Path, name: str, folder: Path, length: int, runtime, worker=(0, 1)):
     """Encode the prompts of a file, and the empty prompt after them, into shards. Continues what is
     there."""
-    prompts = read_prompts(file)
+    prompts = [prompt.lower() for prompt in read_prompts(file)]  # as PixArt-α was trained
     tokenizer, encoder = load_t5(name, runtime.device)
     width = encoder.config.d_model
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
@@ -238,7 +250,7 @@ def main():
     add("--prompts", type=Path, required=True, metavar="FILE", help="a text file, a prompt a line")
     add("--encoder", required=True, help="T5 of transformers: a folder, or a name on its hub")
     add("--out", type=Path, required=True, metavar="DIR", help="folder for the vectors")
-    add("--length", type=positive_int, default=120, help="longest prompt, in tokens (default: 120)")
+    add("--length", type=positive_int, default=T5_LENGTH, help="tokens of a prompt (default: 120)")
     add_worker_flag(parser)
     add_machine_flags(parser)
     flags = parser.parse_args()

@@ -205,6 +205,17 @@ def load_training(file: Path, kind: str, record) -> dict | None:
     return saved
 
 
+def restore(saved: dict, file: Path, model: nn.Module, optimizer, scaler):
+    """Load the state of a training that goes on. Raises UserError where a checkpoint is damaged."""
+    try:
+        load_weights(model, saved["model"], file)
+        optimizer.load_state_dict(saved["optimizer"])
+        if saved.get("scaler"):
+            scaler.load_state_dict(saved["scaler"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is damaged and cannot be continued: {error!r}") from None
+
+
 # ---- 3. The loop ---------------------------------------------------------------------------------
 
 
@@ -238,10 +249,7 @@ def train(
         load_weights(ema, saved["ema"], file)
         first, losses = saved["iteration"], saved["losses"]
         if first < training.iterations:
-            load_weights(model, saved["model"], file)
-            optimizer.load_state_dict(saved["optimizer"])
-            if saved.get("scaler"):
-                scaler.load_state_dict(saved["scaler"])
+            restore(saved, file, model, optimizer, scaler)
             loss_sum += saved["loss_sum"]
             print(f"continuing {file} at iteration {first:,} of {training.iterations:,}")
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from command_line import (
+    add_prompts_flag,
     add_teacher_flags,
     add_worker_flag,
     make_parser,
@@ -46,6 +47,7 @@ from config import (
 from data import noise_and_labels
 from files import UserError, fingerprint
 from machine import Progress, Runtime, add_machine_flags, runtime_from, wait_for_all
+from pixart import use_prompts
 from pretrained import find_teacher
 from shards import SHARD, Shards, read_meta, start_shards, write_shard
 from teacher import solve
@@ -57,7 +59,7 @@ from teacher import solve
 class TrajectoryRecord:
     """What the trajectories of a folder depend on, and what is kept of them: its meta.json."""
 
-    teacher: str  # fingerprint of its weights
+    teacher: str  # fingerprint of its weights, and of the prompts where it was given some
     ode: ODE
     kept_steps: tuple[int, ...]
     keep: Literal["states", "x0", "both"]
@@ -91,8 +93,11 @@ def describe(
             f"states are kept after rising numbers of steps, the last after {ode.euler_steps}, "
             f"but not after {' '.join(map(str, kept))}: see trajectories.py --kept-steps"
         )
+    identity = fingerprint(teacher.state_dict())
+    if hasattr(teacher.prompts, "fingerprint"):  # text.EncodedPrompts
+        identity += f" with the prompts {teacher.prompts.fingerprint}"
     return TrajectoryRecord(
-        teacher=fingerprint(teacher.state_dict()),
+        teacher=identity,
         ode=ode,
         kept_steps=kept,
         keep=settings.keep,
@@ -233,6 +238,12 @@ def solve_in_float16(teacher, record: TrajectoryRecord, x_T, y, runtime: Runtime
     return torch.cat(states), torch.cat(x0)
 
 
+def scale_steps(kept_steps: tuple[int, ...], euler_steps: int) -> tuple[int, ...]:
+    """The same places on the way for another number of Euler steps: a preset's (6, 12, 18, 24)
+    become (2, 4, 6, 8) for a teacher of 8."""
+    return tuple(round(step * euler_steps / kept_steps[-1]) for step in kept_steps)
+
+
 def open_trajectories(
     teacher,
     teacher_record: TeacherRecord,
@@ -249,7 +260,10 @@ def open_trajectories(
     learns."""
     there = read_record(folder)
     seed = 0
-    if there is not None:
+    if there is None:
+        kept_steps = scale_steps(settings.kept_steps, teacher_record.ode.euler_steps)
+        settings = replace(settings, kept_steps=kept_steps)
+    else:
         seed = there.seed
         teacher_record = replace(teacher_record, ode=there.ode)
         settings = replace(settings, kept_steps=there.kept_steps, keep=there.keep)
@@ -272,6 +286,7 @@ def parse_flags():
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="textures", help="sets everything (default: textures)")
     add_teacher_flags(parser)
+    add_prompts_flag(parser)
     add("--folder", type=Path, metavar="DIR", help="default: runs/PRESET/trajectories")
     add("--count", type=positive_int, help="trajectories")
     add("--seed", type=non_negative_int, default=0, help="of noises and labels (default: 0)")
@@ -301,6 +316,7 @@ def main():
     teacher, record = find_teacher(
         flags.teacher_file, flags.preset, runs, runtime.device, flags.teacher_kind
     )
+    record = use_prompts(teacher, record, flags.prompts)
     record = replace(record, ode=override(record.ode, flags))
     settings = override(preset.trajectories, flags)
     write_trajectories(

@@ -453,7 +453,7 @@ def draw(content: dict, file: Path):
 def parse_flags():
     parser = make_parser(__doc__)
     add = parser.add_argument
-    presets = [name for name in PRESETS if name != "imagenet256"]
+    presets = [name for name in PRESETS if name not in ("imagenet256", "pixart256")]
     add("--preset", choices=presets, default="textures", help="default: textures")
     add("--factors", nargs="+", metavar="FACTOR", help="train these only (default: all)")
     add("--seeds", type=positive_int, default=1, help="trainings of each student (default: 1)")

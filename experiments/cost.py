@@ -1,4 +1,4 @@
-"""What distilling costs: hours of one GPU, memory and disk, for four sizes of network and of image.
+"""What distilling costs: hours of one GPU, memory and disk, for four sizes of DiT, and PixArt-α.
 
 Products are counted, and so are the bytes that training has to store. What a count cannot say is
 the rate at which a GPU computes. benchmark.py measures it for one network, and here it is taken to
@@ -40,6 +40,7 @@ from experiments.benchmark import latent_config
 from files import UserError, output_folder, save_json
 from gan import DiscriminatorHead
 from model import DiT
+from text import prompt_length
 
 SIZES = ("S/2", "B/2", "L/2", "XL/2")
 PIXELS = (256, 512, 1024)  # a side; the autoencoder's latents have an eighth
@@ -91,10 +92,14 @@ def activation_bytes(config: ModelConfig, states: int, bf16=True, checkpointing=
     bytes for each token, feature and layer in float32, and 51 in bfloat16. With checkpointing it is
     5 bytes, and all of them for one layer at a time."""
     layer = 51 if bf16 else 85
+    words = 0
+    if config.reads_text:  # by hooks on a CPU: cross-attention, and the prompt's keys and values
+        layer += 6 if bf16 else 12
+        words = prompt_length(config.text_width) * config.depth * (5 if bf16 else 11)
     all_layers = layer * config.depth
     if checkpointing:
         all_layers = 5 * config.depth + layer
-    return states * config.tokens * config.width * all_layers
+    return (states * config.tokens * all_layers + words) * config.width
 
 
 def training_bytes(config: ModelConfig, checkpointing: bool) -> int:
@@ -143,7 +148,7 @@ def measured_rates(file: Path) -> Rates:
 
 
 def estimate(config: ModelConfig, rates: Rates) -> dict[str, float]:
-    """A row of the table."""
+    """A row of the table. A text network has no second stage here."""
     steps, ode, trajectories = PRESET.student.steps, PRESET.ode, PRESET.trajectories
     one_state = 2 * count_macs(config) / 1e12  # TFLOP
     student = 2 * count_macs(config, steps) / 1e12
@@ -151,19 +156,22 @@ def estimate(config: ModelConfig, rates: Rates) -> dict[str, float]:
     images = PRESET.distillation.iterations * PRESET.distillation.batch
     gan_images = PRESET.gan_training.iterations * PRESET.gan_training.batch
     states = 1 + len(trajectories.kept_steps)
-    gan = 2 * gan_macs(config) / 1e12
-    return {
+    plain = 2 * count_macs(replace(config, history="none"), steps) / 1e12
+    row = {
         "traj. h": trajectories.count * teacher / rates.sampling / 3600,
         "disk GB": trajectories.count * states * 2 * config.channels * config.image_size**2 / 1e9,
         "train h": images * 3 * student / rates.training / 3600,
         "GiB": training_bytes(config, checkpointing=False) / 2**30,
         "recomputed": training_bytes(config, checkpointing=True) / 2**30,
-        "GAN h": gan_images * gan / rates.gan / 3600,
-        "GAN GiB": gan_bytes(config) / 2**30,
         "teacher ms": 1000 * teacher / rates.sampling,
         "student ms": 1000 * student / rates.sampling,
-        "history %": 100 * (student / (steps * one_state) - 1),
+        "history %": 100 * (student / plain - 1),
     }
+    if not config.reads_text:
+        gan = 2 * gan_macs(config) / 1e12
+        row["GAN h"] = gan_images * gan / rates.gan / 3600
+        row["GAN GiB"] = gan_bytes(config) / 2**30
+    return row
 
 
 def estimate_all(rates: Rates) -> dict[str, dict]:
@@ -171,6 +179,9 @@ def estimate_all(rates: Rates) -> dict[str, dict]:
     for size in SIZES:
         for pixels in PIXELS:
             rows[f"DiT-{size} at {pixels}"] = estimate(network_config(size, pixels), rates)
+    for pixels in PIXELS:
+        config = replace(network_config("XL/2", pixels), text_width=4096)  # T5's
+        rows[f"PixArt-α at {pixels}"] = estimate(config, rates)
     return rows
 
 

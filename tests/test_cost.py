@@ -71,9 +71,12 @@ def cost_of_one_iteration(student, discriminator, x, y):
     discriminator(images, images, torch.cat([y, y])).mean().backward()
 
 
-def test_activation_bytes_are_what_autograd_stores():
+@pytest.mark.parametrize("text_width", [0, 100])
+def test_activation_bytes_are_what_autograd_stores(text_width):
     """Within a third: what a layer stores, by hooks on all that is saved for the backward pass."""
-    model = random_weights(DiT(CONFIG))
+    config = replace(CONFIG, text_width=text_width)
+    model = random_weights(DiT(config))
+    model.prompts = torch.randn(4, 120, text_width)
     x, y = torch.randn(4, 4, 4, 32, 32), torch.zeros(4, dtype=torch.long)
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     stored = {}
@@ -88,7 +91,7 @@ def test_activation_bytes_are_what_autograd_stores():
         output = model(x, torch.tensor(STUDENT.timesteps), y)
     total = sum(size for size, _ in stored.values())
     assert output.requires_grad
-    expected = 4 * cost.activation_bytes(CONFIG, states=4, bf16=False)
+    expected = 4 * cost.activation_bytes(config, states=4, bf16=False)
     assert total == pytest.approx(expected, rel=1 / 3)
 
 

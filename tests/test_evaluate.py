@@ -41,6 +41,7 @@ from files import UserError, export, fingerprint, load_checkpoint
 from model import DiT
 from sample import few_step, predict_all
 from teacher import solve
+from text import TEXT_WIDTH, prompt_length
 from tiny import CPU, FLOW_8, TRAINING, random_dit, random_weights, student_of
 
 
@@ -239,6 +240,9 @@ def counted(config: ModelConfig, states: int) -> float:
         model = DiT(config)
         x = torch.empty(1, states, config.channels, config.image_size, config.image_size)
         y, timesteps = torch.empty(1, dtype=torch.long), torch.empty(1, states)
+        if config.reads_text:
+            length = prompt_length(config.text_width)
+            model.prompts = {y: torch.empty(1, length, config.text_width)}
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(x, timesteps, y)
@@ -261,6 +265,9 @@ def test_macs_are_those_that_pytorch_counts(history, states):
     assert count_macs(shortcut, states) - count_macs(plain, states) == 16 * 32 * 32  # of x_T only
     more = replace(plain, learn_sigma=True, output_layers=states)
     assert count_macs(more, states) == counted(more, states) > count_macs(plain, states)
+    for width in (TEXT_WIDTH, 100):  # prompts of 8 words, or of 120 tokens
+        text = replace(plain, text_width=width)
+        assert count_macs(text, states) == counted(text, states)
 
 
 def test_the_papers_cost_of_history(monkeypatch, capsys):

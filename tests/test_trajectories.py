@@ -23,6 +23,7 @@ from trajectories import (
     choose_target_steps,
     describe,
     open_trajectories,
+    scale_steps,
     write_trajectories,
 )
 
@@ -334,3 +335,9 @@ def test_the_help_is_short(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
     assert len(capsys.readouterr().out.splitlines()) <= 60
+
+
+def test_a_presets_places_serve_teachers_of_other_numbers_of_steps():
+    assert scale_steps((6, 12, 18, 24), 24) == (6, 12, 18, 24)
+    assert scale_steps((6, 12, 18, 24), 8) == (2, 4, 6, 8)
+    assert scale_steps((2, 8, 16, 24), 48) == (4, 16, 32, 48)
