@@ -141,7 +141,7 @@ class Student:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str | None  # "textures", "shapes", "points", or a folder of images or latents
+    source: str | None  # "textures", "shapes", "points", "scenes", or a folder of images or latents
     image_size: int
     channels: int
     flip: bool = False  # mirror training images at random

@@ -32,22 +32,24 @@ models, this is called *teacher forcing*.
 The first of three choices is what the sequence consists of, both what is read and what is the
 target. On it depends whether teacher forcing teaches a student to read x_T.
 
-    targets     "states": the states x_τ of the ODE, as in the figure of the paper. Teacher forcing
-                hardly teaches it: each state determines all later ones, and the current state is
-                always right.
+    targets     "states": the states x_τ of the ODE, as in the figure of the paper. With these,
+                teacher forcing hardly teaches the student to read x_T: each state determines all
+                later ones, and the current state is always right.
                 "x0": in the place of each state x_τ, the clean prediction x̂_0 from which the
                 teacher's last Euler step computed it, as in the authors' code. The first of these
-                are nearly the mean image of a class. They have lost what x_T says, so that only
-                x_T tells which image is being made. (We go on calling them "states".)
+                are nearly the mean image of a class. They have lost what x_T says, so that the
+                student has to read x_T to know which image is being made. (We go on calling them
+                "states".)
     output      what the network puts out: see sample.next_state
     on_policy   for this fraction of each batch, the student reads states that it has made itself,
                 from the same x_T. The targets stay the teacher's, so that the student must learn
                 to correct its own errors, for which it needs x_T. (Ours. DAgger, arXiv 1011.0686,
                 is alike, but asks the teacher again at each state that the student visits.)
 
-The default preset, `textures`, learns clean predictions after 2, 8, 16 and 24 Euler steps, wholly
-on-policy, since there the history matters most. `shapes` learns states with a direction, teacher
-forced, which copies the teacher best.
+The default preset, `textures`, is to show what a history is for. It combines the two choices that
+make a student need it: clean predictions (after 2, 8, 16 and 24 Euler steps), and reading its own
+states only (on_policy = 1). The preset `shapes` learns states with a direction, teacher-forced,
+which copies the teacher best.
 
 The student needs no guidance, so that each step is a single network evaluation: if the teacher was
 guided, its states already contain the guidance.

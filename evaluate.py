@@ -75,6 +75,7 @@ from metrics import coverage, frechet, moments
 from model import visible_keys
 from pretrained import ASSETS, load_network
 from sample import few_step, next_state, predict_all, student_times
+from scenes import CATEGORIES, adherence, caption_list
 from teacher import solve
 from text import prompt_length
 from training import learning_rate, make_optimizer
@@ -236,11 +237,12 @@ def find_classifier(dataset: data.Dataset, config, runtime: Runtime) -> Classifi
     """The classifier of a data set, trained if need be. It is kept in runs/classifiers, in a file
     that is named by the content of the data.
 
-    Where all images are of one class, there is nothing to train for. Then the weights stay random:
-    the features of a random convolutional network tell images apart, too, if less well."""
+    Where all images are of one class, or each has a caption of its own, there is nothing to train
+    for. Then the weights stay random: the features of a random convolutional network tell images
+    apart, too, if less well."""
     model = make_classifier(config, dataset.classes, runtime)
-    if len(dataset.classes) == 1:
-        print("all images are of one class: distances are in the features of a random network")
+    if len(dataset.classes) == 1 or dataset.prompts is not None:
+        print("there are no classes to tell apart: distances are in features of a random network")
         return model
     record = ClassifierRecord(config, dataset.classes, len(dataset), CLASSIFIER_TRAINING)
     key = content_key(dataset, record)
@@ -328,6 +330,7 @@ class Evaluator:
         self.record, self.runtime, self.count = record, runtime, count
         self.classifier, self.real_images = None, None
         self.real_row = {}  # of other real images
+        self.has_classes = len(record.classes) > 1 and not record.model.reads_text
         config = data or record.data
         if config.source is None:
             self.count = min(count, ERROR_IMAGES)
@@ -341,6 +344,7 @@ class Evaluator:
             self.teacher_features, classes = features(self.classifier, self.target)
             distances = self.distances(self.teacher_features, classes, self.labels)
             self.teacher_row |= distances | dict(above=0.0, chance=0.0)
+            self.teacher_row |= self.adherence(self.target)
 
     def load_real_images(self, config, test: str | None):
         classes = self.record.classes
@@ -361,7 +365,7 @@ class Evaluator:
             )
         self.classifier = shipped or find_classifier(train_set, config, self.runtime)
         self.real, predicted = features(self.classifier, self.real_images)
-        if len(classes) > 1:
+        if self.has_classes:
             right = (predicted == real_labels).double().mean().item()
             count = len(predicted)
             print(f"the classifier is right on {right:.2%} of {count:,} held-out real images")
@@ -430,7 +434,7 @@ class Evaluator:
             precision=coverage(found, by=self.real),
             recall=coverage(self.real, by=found),
         )
-        if len(self.record.classes) > 1:
+        if self.has_classes:
             row["accuracy"] = (classes == labels).double().mean().item()
         return row
 
@@ -446,7 +450,15 @@ class Evaluator:
         row |= self.distances(found, classes, self.labels)
         row["above"] = row["distance"] - self.teacher_row["distance"]
         row["chance"] = chance_of(found, self.teacher_features, self.real)
-        return row
+        return row | self.adherence(images)
+
+    def adherence(self, images) -> dict:
+        """How well scenes follow their captions: see scenes.adherence. {} for other data."""
+        if self.record.data.source != "scenes":
+            return {}
+        captions = caption_list()
+        pixels = rearrange(data.to_uint8(images), "b h w c -> b c h w")
+        return adherence(pixels, [captions[label] for label in self.labels])
 
 
 def check_classes(classes: tuple[str, ...], *data_sets: data.Dataset):
@@ -757,6 +769,7 @@ def draw_attention(shares: dict[str, list], file: Path):
 # ---- 7. The comparison, at the end of a training and as a program --------------------------------
 
 COLUMNS = {"calls": "d", "error": ".6f", "distance": ".3f", "above": ".3f", "chance": ".3f"}
+ADHERENCE_COLUMNS = dict.fromkeys((*CATEGORIES, "all right"), ".3f")
 MORE_COLUMNS = dict(gmacs=".4f", ms=".2f", precision=".3f", recall=".3f", accuracy=".3f")
 LEGEND = """
 calls: network evaluations for an image. error: mean squared error to the teacher's full-step image
@@ -779,7 +792,9 @@ def show_comparison(
     ratios = compare_degradations(rows, students)
     columns = COLUMNS
     if full:
-        columns = COLUMNS | MORE_COLUMNS
+        columns = columns | MORE_COLUMNS
+    if evaluator.record.data.source == "scenes":
+        columns = columns | ADHERENCE_COLUMNS
         if evaluator.real_row:
             rows["other real images"] = evaluator.real_row
     print(f"\n{evaluator.count:,} images of each method, from the same noises\n")

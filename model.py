@@ -268,6 +268,8 @@ class FinalLayer(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
+        """x: (b, s, n, width); c: (b, s, width), or in a text network (b, s, 2·width), the
+        condition twice over: see DiT.output."""
         modulation = rearrange(self.adaLN_modulation(c), "b s (two d) -> two b s 1 d", two=2)
         shift, scale = modulation
         return self.linear(modulate(self.norm_final(x), shift, scale))
@@ -360,9 +362,9 @@ class DiT(nn.Module):
         return ["final_layer"] + [f"final_layer{i}" for i in range(2, count + 1)]
 
     def initialise(self):
-        """As DiT: Xavier for linear layers, and zeros for every adaLN modulation, for the output,
-        and for what cross-attention adds. So each layer starts as the identity, and a fresh network
-        outputs exactly zero."""
+        """As DiT: Xavier for linear layers, and zeros for the adaLN modulation of every layer, for
+        the output, and for what cross-attention adds. So each layer starts as the identity, and a
+        fresh network outputs exactly zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)

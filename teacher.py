@@ -320,7 +320,7 @@ def parse_flags():
         "--data",
         dest="source",
         type=data.data_source,
-        help="textures, shapes, points, or a folder: DIR/<class>/*.png, or DIR/*.png",
+        help="textures, shapes, points, scenes, or a folder: DIR/<class>/*.png, or DIR/*.png",
     )
     group = parser.add_argument_group("data and network")
     add = group.add_argument

@@ -205,13 +205,15 @@ def load_training(file: Path, kind: str, record) -> dict | None:
     return saved
 
 
-def restore(saved: dict, file: Path, model: nn.Module, optimizer, scaler):
-    """Load the state of a training that goes on. Raises UserError where a checkpoint is damaged."""
+def restore(saved: dict, file: Path, model: nn.Module, optimizer, scaler) -> float:
+    """Load the state of a training that goes on, and return the sum of its losses since the last
+    entry. Raises UserError where the checkpoint is damaged."""
     try:
         load_weights(model, saved["model"], file)
         optimizer.load_state_dict(saved["optimizer"])
         if saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
+        return float(saved["loss_sum"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is damaged and cannot be continued: {error!r}") from None
 
@@ -249,8 +251,7 @@ def train(
         load_weights(ema, saved["ema"], file)
         first, losses = saved["iteration"], saved["losses"]
         if first < training.iterations:
-            restore(saved, file, model, optimizer, scaler)
-            loss_sum += saved["loss_sum"]
+            loss_sum += restore(saved, file, model, optimizer, scaler)
             print(f"continuing {file} at iteration {first:,} of {training.iterations:,}")
 
     def save(iteration: int):

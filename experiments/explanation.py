@@ -87,9 +87,10 @@ def coordinates() -> dict[str, tuple[float, float]]:
 def draw(points: dict[str, tuple[float, float]], file: Path):
     figure, axes = new_figure(6.5, 4.4)
     axis = axes[0, 0]
-    for label, (x, y) in points.items():
+    for i, (label, (x, y)) in enumerate(points.items()):
         axis.plot(x, y, "o")
-        axis.annotate(label, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        where = (6, (5, -12)[i % 2])  # points, to the right and above or below
+        axis.annotate(label, (x, y), textcoords="offset points", xytext=where, fontsize=8)
     axis.axvline(1, color="0.7", linewidth=1)
     axis.axhline(1, color="0.7", linewidth=1)
     axis.set(
@@ -98,7 +99,7 @@ def draw(points: dict[str, tuple[float, float]], file: Path):
         xlabel="error of the second step without history / error of a single step from x_T",
         ylabel="final error without history / with history",
     )
-    axis.margins(0.2)
+    axis.margins(0.3)
     save_figure(figure, file)
 
 
