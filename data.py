@@ -464,7 +464,8 @@ def fit_to_images(preset: Preset, flags) -> Preset:
 
     Other presets are returned as they are. Prints what was chosen. `flags`: of teacher.py."""
     source, size = preset.data.source, preset.data.image_size
-    if source is None or source in DRAWN or "vae" in (read_meta(source) or {}):
+    is_drawn = source is None or source in DRAWN
+    if is_drawn or preset.data.channels not in (1, 3) or "vae" in (read_meta(source) or {}):
         return preset
     classes, files = list_images(Path(source))
     note_unread(Path(source), classes)

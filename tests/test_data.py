@@ -478,6 +478,13 @@ def test_what_is_drawn_fits_already():
         assert data.fit_to_images(preset, argparse.Namespace()) == preset
 
 
+def test_a_preset_of_latents_does_not_turn_into_one_of_images(tmp_path):
+    write_numbered(tmp_path, {"ant": 3})
+    found = fit(tmp_path, preset="imagenet256")
+    with pytest.raises(UserError, match="encode the images first: python latents.py"):
+        data.load(found.data)
+
+
 def test_files_that_are_not_read_are_reported(tmp_path, capsys):
     write_numbered(tmp_path, {"ant": 3, "bee": 3})
     (tmp_path / "ant" / "x.gif").touch()
