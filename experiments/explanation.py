@@ -26,6 +26,7 @@ from figures import new_figure, save_figure
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parents[1] / "assets"
 POINTS, SHAPES, TEXTURES = "ablation-points", "ablation-shapes", "ablation-textures"
+LONG = "ablation-textures-long"  # five times the iterations
 
 # label: (file of the two students, without history, with history, file of the one-step student)
 SETTINGS = {
@@ -49,6 +50,12 @@ SETTINGS = {
         "noise_shortcut=False",
         TEXTURES,
     ),
+    "textures, x0, plain, longer": (
+        LONG,
+        "history_layers=0,noise_shortcut=False,iterations=5000",
+        "noise_shortcut=False,iterations=5000",
+        LONG,
+    ),
     "textures, x0, noise shortcut": (
         TEXTURES,
         "history_layers=0,noise_shortcut=False",
@@ -60,6 +67,7 @@ ONE_STEP = {
     POINTS: "steps=1,history_layers=0",
     SHAPES: "steps=1,history_layers=0",
     TEXTURES: "steps=1,history_layers=0,noise_shortcut=False",
+    LONG: "steps=1,history_layers=0,noise_shortcut=False,iterations=5000",
 }
 
 
@@ -99,7 +107,7 @@ def draw(points: dict[str, tuple[float, float]], file: Path):
         xlabel="error of the second step without history / error of a single step from x_T",
         ylabel="final error without history / with history",
     )
-    axis.margins(0.3)
+    axis.margins(0.4)
     save_figure(figure, file)
 
 
