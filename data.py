@@ -430,16 +430,18 @@ def read_images(paths: list[Path], size: int, channels: int):
         yield from pool.map(read, paths)
 
 
-def survey(root: Path, names) -> tuple[int, bool]:
-    """The smallest side of any image of a folder, in pixels, and whether all images are grey. (Files
-    that cannot be read are left to `read_image`, which names them.)"""
-    sides, modes = [], set()
+def survey(root: Path, names) -> tuple[str, int, bool]:
+    """The name of the smallest image of a folder, its smaller side in pixels, and whether all are
+    grey. (Files that cannot be read are left to `read_image`, which names them.)"""
+    sides, modes = {}, set()
     for name in Progress("looking at images", list(names), unit="images"):
         with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             with Image.open(root / name) as image:
-                sides.append(min(image.size))
+                sides[name] = min(image.size)
                 modes.add(image.mode)
-    return min(sides, default=0), modes <= {"1", "L", "LA", "I;16", "I;16B", "I;16L"}
+    smallest = min(sides, key=sides.get, default="")
+    is_grey = modes <= {"1", "L", "LA", "I;16", "I;16B", "I;16L"}
+    return smallest, sides.get(smallest, 0), is_grey
 
 
 def note_unread(root: Path, classes: list[str]):
@@ -469,7 +471,7 @@ def fit_to_images(preset: Preset, flags) -> Preset:
         return preset
     classes, files = list_images(Path(source))
     note_unread(Path(source), classes)
-    side, is_grey = survey(Path(source), files)
+    smallest, side, is_grey = survey(Path(source), files)
     if flags.image_size is None and side < size:
         try:
             patch = parse_size(preset.size)["patch"]
@@ -483,7 +485,8 @@ def fit_to_images(preset: Preset, flags) -> Preset:
         ode = replace(ode, guidance_scale=1.0)
         print("all images are of one class: no guidance (see --guidance-scale)")
     print(
-        f"the smallest image has {side}×{side} pixels: training at {size}×{size} (see --image-size)"
+        f"training at {size}×{size} pixels (see --image-size): the smallest image, {smallest}, has "
+        f"{side}×{side}"
     )
     held_out = sum(map(is_test, files))
     if held_out < LEAST_IMAGES:

@@ -174,7 +174,7 @@ def check_moments(path: Path, mean, covariance, d: int):
 
 
 def import_inception():
-    """The module of torch-fidelity that holds the network, without the rest of the package. The rest
+    """The module of torch-fidelity that holds the network, without the rest of the package. That
     needs torchvision, each release of which works with one release of PyTorch only, and pip would
     replace the PyTorch that is installed. Raises UserError where the package is missing."""
     found = importlib.util.find_spec("torch_fidelity")

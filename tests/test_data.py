@@ -437,7 +437,7 @@ def test_a_training_fits_its_images(tmp_path, capsys):
     assert found.data == DataConfig(str(tmp_path), image_size=8, channels=1, flip=False)
     assert found.ode == PRESETS["cifar10"].ode  # two classes: with guidance
     said = capsys.readouterr().out
-    assert "the smallest image has 9×9 pixels: training at 8×8 (see --image-size)" in said
+    assert "training at 8×8 pixels (see --image-size): the smallest image, 0/0.png, has 9×9" in said
     assert "3 images are held out, and distances to real images need 70" in said
     dataset = data.load(found.data)
     assert dataset.shape == (1, 8, 8) and not dataset.flip

@@ -3,6 +3,7 @@ Euler step of flow matching written by hand, x + (t' − t)·v; and a student's 
 what its teacher does."""
 
 import re
+import sys
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -14,8 +15,9 @@ import distill
 import training
 from config import HISTORIES
 from distill import ard_loss, make_student, own_history
-from files import UserError, fingerprint
+from files import UserError, fingerprint, load_checkpoint
 from sample import few_step, student_times
+from shards import read_meta
 from teacher import solve
 from tiny import (
     CPU,
@@ -26,6 +28,7 @@ from tiny import (
     FewTrajectories,
     random_dit,
     student_of,
+    write_teacher,
 )
 
 TIMESTEPS = torch.tensor([1000.0, 750.0, 500.0, 250.0])
@@ -240,3 +243,22 @@ def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
         runtime = replace(CPU, compile=use)
         losses.append(train(tmp_path / f"{use}.pt", runtime, changes, noise_shortcut=True)[2])
     assert torch.tensor(losses[1]).allclose(torch.tensor(losses[0]), rtol=1e-4)
+
+
+# ---- the program ---------------------------------------------------------------------------------
+
+
+def test_a_teacher_in_the_folder_of_a_run_is_taken_with_its_trajectories(tmp_path, monkeypatch):
+    """python teacher.py --out X, then python distill.py --out X."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "report", lambda *given: None)
+    write_teacher("X/teacher.pt", seed=5)
+    write_teacher("other.pt", seed=6)
+    words = "--preset shapes --count 8 --iterations 1 --batch 4 --no-control --device cpu"
+    for more in ("--out X", "--out Y --teacher other.pt"):
+        monkeypatch.setattr(sys, "argv", ["distill.py", *words.split(), *more.split()])
+        distill.main()
+    taken = [load_checkpoint(f"{run}/student.pt", "student")["record"].teacher for run in "XY"]
+    assert taken == [fingerprint(random_dit(seed).half().float().state_dict()) for seed in (5, 6)]
+    for folder, teacher in zip(("X", "runs/shapes"), taken, strict=True):
+        assert read_meta(f"{folder}/trajectories")["teacher"] == teacher

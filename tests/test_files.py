@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TEACHER
 
 from config import ClassifierRecord, DataConfig, Training
 from files import (
@@ -155,6 +156,10 @@ BAD = {  # what the file holds, and what the UserError says
     "an unknown kind": (saved(GOOD | dict(kind="critic")), "not a checkpoint of this project"),
     "a list as record": (saved(GOOD | dict(record=[])), "describes no classifier"),
     "an odd record": (saved(GOOD | dict(record=dict(colour="red"))), "no field 'colour'"),
+    "a kind that is no word": (saved(GOOD | dict(kind=["classifier"])), "not a checkpoint of this"),
+    "a list of weights": (saved(GOOD | dict(ema=[1])), "damaged: its ema is no dict"),
+    "an odd iteration": (saved(GOOD | dict(iteration="9")), "damaged: its iteration is no int"),
+    "odd losses": (saved(GOOD | dict(losses=None)), "damaged: its losses is no list"),
     "half a record": (saved(GOOD | dict(record=dict(images=9))), "describes no classifier"),
 }
 
@@ -167,6 +172,24 @@ def test_a_file_that_is_not_the_checkpoint_wanted(tmp_path, what):
     with pytest.raises(UserError, match=says) as error:
         load_checkpoint(path, "classifier")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(classes=("a",)), "1 names for 5 classes"),
+        (dict(class_weights=(0.5, 0.5)), "2 frequencies of 5 classes"),
+        (dict(class_weights=(0.0,) * 5), "with a sum of not 1"),
+        (dict(class_weights=(float("nan"),) * 5), "with a sum of not 1"),
+    ],
+)
+def test_classes_that_contradict_one_another(tmp_path, change, says):
+    content = dict(kind="teacher", record=asdict(TEACHER), ema={})
+    (tmp_path / "x.pt").write_bytes(saved(content))
+    load_checkpoint(tmp_path / "x.pt", "teacher")
+    (tmp_path / "x.pt").write_bytes(saved(content | dict(record=asdict(TEACHER) | change)))
+    with pytest.raises(UserError, match=says):
+        load_checkpoint(tmp_path / "x.pt", "teacher")
 
 
 def test_a_good_checkpoint_comes_with_its_record(tmp_path):
@@ -237,7 +260,7 @@ def test_a_missing_package_is_named():
     "content, says",
     [
         ("import no_such_package", "the package no-such-package: pip install"),
-        ("raise RuntimeError('no operator\\nnms')", "broken_one, which is there but broken .no operator nms.: "),
+        ("raise RuntimeError('not\\nthere')", "broken-one, which is there but broken .not there.: "),
         ("raise OSError('lib.so: cannot open')", "broken .lib.so: cannot open.: pip install"),
         ("from json import nothing", "which is there but broken .cannot import name 'nothing'"),
         ("1 +", "which is there but broken .invalid syntax"),

@@ -2,12 +2,13 @@
 cache; and the files that sample.py writes, read back with numpy and Pillow."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pretrained import public_weights
 
 import data
 import sample
@@ -169,3 +170,23 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
     export(tmp_path / "nan.pt", "student", asdict(record), model.state_dict())
     with pytest.raises(UserError, match="not finite"):
         run(monkeypatch, tmp_path / "nan.pt", "--count", 1, "--out", tmp_path / "a")
+
+
+def test_channels_that_cannot_be_shown_are_refused(tmp_path, monkeypatch):
+    """Such as latents of an autoencoder with 16 channels, which are no picture."""
+    model = random_dit(channels=16)
+    record = replace(TEACHER, model=model.config)
+    export(tmp_path / "t.pt", "teacher", asdict(record), model.state_dict())
+    with pytest.raises(UserError, match="16 channels are neither an image nor latents"):
+        run(monkeypatch, tmp_path / "t.pt", "--out", tmp_path / "a")
+
+
+def test_the_kind_of_a_published_teacher_can_be_given(tmp_path, monkeypatch):
+    torch.save(public_weights(), tmp_path / "public.pt")
+    monkeypatch.setattr(sample, "load_vae", lambda name, device: "an autoencoder")
+    monkeypatch.setattr(sample, "decode", lambda vae, latents: latents[:, :3])
+    words = ("--count", 2, "--euler-steps", 3, "--out", tmp_path / "a")
+    with pytest.raises(UserError, match="behaves on noise like none"):
+        run(monkeypatch, tmp_path / "public.pt", *words)
+    run(monkeypatch, tmp_path / "public.pt", *words, "--teacher-kind", "sit")
+    assert (tmp_path / "a/grid.png").exists()

@@ -423,7 +423,7 @@ def test_two_trainings_at_once_do_not_share_a_file(tmp_path):
     file = tmp_path / "out.pt"
 
     def second_training():
-        with pytest.raises(UserError, match="another process is training .*out.pt now: wait for it"):
+        with pytest.raises(UserError, match="another process is training .*out.pt now: wait"):
             toy_train(file)
 
     _, losses = toy_train(file, at_iteration(11, second_training))
@@ -456,6 +456,21 @@ def test_an_export_in_the_way_cannot_be_continued(tmp_path):
         toy_train(tmp_path / "out.pt")
     assert (tmp_path / "out.pt").read_bytes() == before
     assert load_checkpoint(tmp_path / "out.pt", "classifier")["record"] == RECORD
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(optimizer={}), dict(optimizer=[]), dict(model={}), dict(loss_sum="x"), dict(scaler="x")],
+)
+def test_a_damaged_training_is_not_continued(tmp_path, change):
+    file = tmp_path / "out.pt"
+    with pytest.raises(RuntimeError, match="the power went"):
+        toy_train(file, at_iteration(10, crash), runtime=FLOAT16, save_seconds=-1)
+    torch.save(read(file) | change, file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="out.pt (is damaged and cannot be|holds the weights of)"):
+        toy_train(file, runtime=FLOAT16)
+    assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"a thesis", b""])

@@ -11,9 +11,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
+from test_pretrained import public_weights
 from tiny import CPU, SETTINGS, TEACHER, random_dit, write_teacher
 
 import data
+import pretrained
 import trajectories
 from config import ODE, TrajectorySettings, evenly
 from files import UserError, fingerprint
@@ -328,6 +330,19 @@ def test_the_program_writes_what_its_flags_say(monkeypatch, tmp_path):
     assert (meta["kept_steps"], meta["keep"], meta["seed"]) == ([3, 6], "x0", 2)
     with pytest.raises(UserError, match="the last after 6, but not after 3 6 9 12 15 18 21 24"):
         run(monkeypatch, flags)
+
+
+def test_the_kind_of_a_published_teacher_can_be_given(monkeypatch, tmp_path):
+    """One of random weights behaves like none, so that its kind is not recognised."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": public_weights()}, "public.pt")
+    flags = "--preset imagenet256 --teacher public.pt --no-bf16 --device cpu --count 8"
+    with pytest.raises(UserError, match="behaves on noise like none .* --teacher-kind"):
+        run(monkeypatch, flags)
+    for kind in ("sit", "repa", "dit"):
+        run(monkeypatch, f"{flags} --teacher-kind {kind} --folder {kind}")
+        meta = json.loads((tmp_path / kind / "meta.json").read_text())
+        assert meta["ode"] == asdict(pretrained.ODES[kind])
 
 
 def test_the_help_is_short(monkeypatch, capsys):
