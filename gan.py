@@ -554,9 +554,7 @@ def main():
     check_classes(record.classes, dataset)
     home = home if (home / "trajectories").exists() else runs
     folder = flags.trajectories or home / "trajectories"
-    trajectories = open_same_trajectories(
-        record, teacher, teacher_record, preset, folder, runtime
-    )
+    trajectories = open_same_trajectories(record, teacher, teacher_record, preset, folder, runtime)
     file = out / "student.pt"
     ema, losses = train_gan(first, record, teacher, trajectories, dataset, file, runtime)
     name = "R + G" if preset.gan.weight else "R, longer"

@@ -260,7 +260,7 @@ def test_a_missing_package_is_named():
     "content, says",
     [
         ("import no_such_package", "the package no-such-package: pip install"),
-        ("raise RuntimeError('not\\nthere')", "broken-one, which is there but broken .not there.: "),
+        ("raise RuntimeError('not\\nthere')", "which is there but broken .not there.: pip"),
         ("raise OSError('lib.so: cannot open')", "broken .lib.so: cannot open.: pip install"),
         ("from json import nothing", "which is there but broken .cannot import name 'nothing'"),
         ("1 +", "which is there but broken .invalid syntax"),

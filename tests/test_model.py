@@ -442,7 +442,8 @@ def plain_text_dit(model, x, timesteps, y, mask):
     for i in range(b):
         h = torch.cat([model.embed(x[[i]])[0, j] for j in range(s)])        # (s·n, width)
         words = FewPrompts()[y[[i]]][0, : FewPrompts.words[y[i]]]
-        words = linear("text_embedder.2", F.gelu(linear("text_embedder.0", words), approximate="tanh"))
+        words = F.gelu(linear("text_embedder.0", words), approximate="tanh")
+        words = linear("text_embedder.2", words)
         time = model.t_embedder(timesteps)                                  # (s, width)
         six = linear("shared_modulation.1", F.silu(time)).repeat_interleave(TOKENS, 0)
         for layer in range(3):
