@@ -27,6 +27,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
+from typing import Literal
 
 HISTORIES = ("none", "window", "anchor", "causal")
 
@@ -62,6 +63,9 @@ class ModelConfig:
     text_width: int = 0  # features of a word of the text that it reads; 0: it is given a class
 
     def __post_init__(self):
+        sizes = (self.image_size, self.channels, self.patch, self.width, self.heads)
+        if min(*sizes, self.depth, self.output_layers) < 1 or self.width % self.heads:
+            raise ValueError(f"no network has these sizes: {self}")
         if self.image_size % self.patch:
             raise ValueError(f"{self.image_size} pixels cannot be cut into patches of {self.patch}")
         if self.history not in HISTORIES:
@@ -108,11 +112,15 @@ def parse_size(name: str) -> dict:
 class ODE:
     """The probability-flow ODE of a teacher, and how it is solved (teacher.py)."""
 
-    noise_path: str  # "flow" or "ddpm"; of public networks also "sit" or "repa"
-    predicts: str  # what the network predicts: "v" or "eps"
+    noise_path: Literal["flow", "ddpm", "sit", "repa"]  # the last two: of public networks
+    predicts: Literal["v", "eps"]  # what the network predicts
     euler_steps: int
     guidance_scale: float = 1.0  # classifier-free guidance; 1 is none
     guided_channels: int | None = None  # guide only the first few channels; None: all
+
+    def __post_init__(self):
+        if self.euler_steps < 1:
+            raise ValueError(f"{self.euler_steps} Euler steps")
 
     @property
     def calls_per_step(self) -> int:
@@ -126,9 +134,16 @@ class Student:
 
     ode: ODE  # that it has learned
     target_steps: tuple[int, ...]  # Euler steps that the teacher has taken at each of the S targets
-    targets: str  # "states" x_τ of the ODE, or the teacher's clean predictions "x0"
-    output: str  # the network predicts the next "state" itself, or the "direction" of an Euler step
+    targets: Literal["states", "x0"]  # states x_τ of the ODE, or the teacher's clean predictions
+    output: Literal["state", "direction"]  # the next state, or the direction of an Euler step
     timesteps: tuple[float, ...]  # given to the network as the times of the S states that it reads
+
+    def __post_init__(self):
+        if len(self.timesteps) != self.steps:
+            raise ValueError(f"{len(self.timesteps)} timesteps for {self.steps} steps")
+        rising = (0, *self.target_steps, self.ode.euler_steps + 1)
+        if not self.target_steps or list(rising) != sorted(set(rising)):
+            raise ValueError(f"steps {self.target_steps} of an ODE of {self.ode.euler_steps}")
 
     @property
     def steps(self) -> int:
@@ -155,7 +170,7 @@ class Training:
     batch: int
     lr: float  # the highest learning rate; AdamW without weight decay, gradients clipped at 1
     ema_decay: float  # of the moving average of the weights, which is the result
-    schedule: str = "cosine"  # after a linear warm-up: "cosine" down to 0, or "constant"
+    schedule: Literal["cosine", "constant"] = "cosine"  # after a linear warm-up; cosine: down to 0
     on_policy: float = 0.0  # the fraction of each batch that reads the student's own history
     seed: int = 0
 
@@ -164,7 +179,7 @@ class Training:
 class TrajectorySettings:
     count: int  # trajectories to train on
     kept_steps: tuple[int, ...]  # Euler steps taken at each of the states that are kept after x_T
-    keep: str = "both"  # "states", "x0" predictions, or "both"
+    keep: Literal["states", "x0", "both"] = "both"  # x0: clean predictions
 
 
 @dataclass(frozen=True)
@@ -264,7 +279,17 @@ def _restore(hint, value):
             return None
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
-    return tuple(value) if typing.get_origin(hint) is tuple else value
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in choices:
+            raise ValueError(f"{value!r} is none of {', '.join(choices)}")
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_restore(choices[0], one) for one in value)
+    kind = (int, float) if hint is float else origin or hint
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is not of the type {hint}")
+    return value
 
 
 def override(config, flags):
@@ -358,7 +383,7 @@ PRESETS = {
         distillation=Training(iterations=4000, batch=64, lr=5e-4, ema_decay=0.995),
     ),
     "cifar10": Preset(
-        data=DataConfig(None, image_size=32, channels=3, flip=True),
+        data=DataConfig(None, image_size=32, channels=3),
         size="S/2",
         ode=dataclasses.replace(FLOW_24, guidance_scale=1.5),
         teacher=Training(iterations=100_000, batch=256, lr=3e-4, ema_decay=0.9995),

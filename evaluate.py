@@ -793,10 +793,10 @@ def show_comparison(
     columns = COLUMNS
     if full:
         columns = columns | MORE_COLUMNS
-    if evaluator.record.data.source == "scenes":
-        columns = columns | ADHERENCE_COLUMNS
         if evaluator.real_row:
             rows["other real images"] = evaluator.real_row
+    if evaluator.record.data.source == "scenes":
+        columns = columns | ADHERENCE_COLUMNS
     print(f"\n{evaluator.count:,} images of each method, from the same noises\n")
     print(table(rows, columns), LEGEND, *ratios, "", sep="\n")
 

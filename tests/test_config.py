@@ -85,6 +85,37 @@ def test_from_dict_refuses_what_is_no_such_configuration(values, error):
         from_dict(ModelConfig, values)
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(predicts="x0"), "'x0' is none of v, eps"),
+        (dict(noise_path="cosine"), "'cosine' is none of flow, ddpm"),
+        (dict(euler_steps="24"), "'24' is not of the type <class 'int'>"),
+        (dict(euler_steps=None), "None is not of the type"),
+        (dict(guidance_scale=[1]), r".1. is not of the type"),
+        (dict(predicts=["v"]), r".'v'. is none of"),
+    ],
+)
+def test_words_and_types_are_checked(change, says):
+    """A hand-edited file would be misread without a word."""
+    values = asdict(TEACHER.ode)
+    assert from_dict(ODE, values | dict(guidance_scale=2)).guidance_scale == 2
+    with pytest.raises((TypeError, ValueError), match=says):
+        from_dict(ODE, values | change)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(target_steps=(2, 99)), dict(target_steps=()), dict(timesteps=(1.0,))]
+)
+def test_a_student_s_steps_are_those_of_its_ode(change):
+    student = Student(TEACHER.ode, (4, 8), "states", "state", (999.0, 500.0))
+    with pytest.raises(ValueError, match="steps"):
+        from_dict(Student, asdict(student) | change)
+    for wrong in ("ab", [4, "8"], 4):
+        with pytest.raises(TypeError, match="is not of the type"):
+            from_dict(Student, asdict(student) | dict(target_steps=wrong))
+
+
 def test_flags_that_were_given_replace_fields():
     training = Training(iterations=10, batch=4, lr=0.1, ema_decay=0.9, on_policy=0.5)
     flags = Namespace(iterations=None, batch=8, on_policy=0.0, another_flag=1)
