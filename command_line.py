@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from files import UserError, export_file, one_line
-from machine import add_machine_flags, rank, wait_for_all, world_size
+from machine import add_machine_flags, is_lack_of_memory, rank, wait_for_all, world_size
 
 
 def run_program(main):
@@ -40,19 +40,12 @@ def run_program(main):
         if not is_lack_of_memory(error):
             raise
         sys.exit(
-            f"error: out of memory ({one_line(error)}). In training, --accumulate 4 (or more) and "
-            "--checkpointing need less; elsewhere, choose a smaller --batch or --count"
+            f"error: out of memory ({one_line(error)}): choose a smaller --batch or --count, "
+            "or a device with more memory"
         )
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(130)
-
-
-def is_lack_of_memory(error: Exception) -> bool:
-    """Of the main memory, or of a GPU's."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "allocate memory" in str(error)  # what PyTorch says on a CPU
 
 
 def make_parser(docstring: str) -> argparse.ArgumentParser:

@@ -65,6 +65,8 @@ beside it. Otherwise they are written into runs/PRESET/trajectories, and the tea
 runs/PRESET or, failing that, the shipped one. An interrupted run is continued.
 """
 
+import startup  # noqa: F401  before the large packages
+
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -285,7 +287,7 @@ def main():
     check_settings(settings)
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
     runs = Path("runs") / flags.preset
-    out = output_folder(flags.out or runs)
+    out = output_folder(flags.out or runs, "result.json", "samples.png")
     teacher, teacher_record = find_teacher(
         flags.teacher_file, flags.preset, out, runtime.device, flags.teacher_kind
     )

@@ -27,6 +27,8 @@ teacher's, as in training.
 Results go into runs/evaluation: evaluation.json, samples.png, exposure.png and attention.png.
 """
 
+import startup  # noqa: F401  before the large packages
+
 import hashlib
 import math
 import statistics
@@ -914,7 +916,8 @@ def main():
     if flags.flops:
         print(table(history_costs(flags), {"gmacs": ".2f", "percent": ".2f"}))
         return
-    runtime, out = runtime_from(flags), output_folder(flags.out)
+    runtime = runtime_from(flags)
+    out = output_folder(flags.out, "evaluation.json", "samples.png")
     students = find_students(flags.runs, runtime.device)
     _, record = next(iter(students.values()))
     teacher = find_teacher_of(

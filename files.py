@@ -17,6 +17,7 @@ import json
 import os
 import secrets
 import time
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,9 +35,9 @@ class UserError(Exception):
 # ---- 1. Files and folders ------------------------------------------------------------------------
 
 
-def output_folder(path: str | Path) -> Path:
-    """Make a folder and its parents. Raises UserError where a file stands in its place, and where
-    nothing can be written into it."""
+def output_folder(path: str | Path, *files: str) -> Path:
+    """Make a folder and its parents. Raises UserError where a file stands in its place, where
+    nothing can be written into it, and where one of `files`, to be written there, is a folder."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,8 @@ def output_folder(path: str | Path) -> Path:
         ) from None
     if not os.access(path, os.W_OK):
         raise UserError(f"nothing can be written into the folder {path}: choose another one")
+    for file in files:
+        output_file(path / file)
     return path
 
 
@@ -128,6 +131,10 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"no such checkpoint: {path}")
     with open(path, "rb") as file:  # a file, not its name: torch.load would go by the suffix
         try:
+            # torch.load compares no checksums. (Files older than PyTorch 1.6 have none.)
+            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+                raise ValueError("a checksum differs")
+            file.seek(0)
             with torch.serialization.safe_globals([argparse.Namespace]):  # in public training files
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file makes torch.load raise all sorts of exceptions
@@ -153,6 +160,8 @@ def check_checkpoint(content: dict, path, *kinds: str) -> dict:
     for name, kind_of_value in dict(ema=dict, iteration=int, losses=list).items():
         if not isinstance(content.get(name, kind_of_value()), kind_of_value):
             raise UserError(f"{path} is damaged: its {name} is no {kind_of_value.__name__}")
+    if not all(is_loss(entry) for entry in content.get("losses", [])):
+        raise UserError(f"{path} is damaged: its losses are not (iteration, loss), …")
     try:
         record = from_dict(RECORDS[kind], content["record"])
         if kind != "classifier":
@@ -160,6 +169,12 @@ def check_checkpoint(content: dict, path, *kinds: str) -> dict:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes no {kind} that is known here: {error}") from None
     return content | dict(record=record)
+
+
+def is_loss(entry) -> bool:
+    """Whether it is (iteration, loss), with maybe more numbers."""
+    is_pair = isinstance(entry, (list, tuple)) and len(entry) >= 2
+    return is_pair and all(isinstance(value, (int, float)) for value in entry)
 
 
 def check_classes(record: TeacherRecord | StudentRecord):

@@ -32,6 +32,8 @@ Results go into runs/PRESET-gan: student.pt, result.json and pictures. What was 
 continued.
 """
 
+import startup  # noqa: F401  before the large packages
+
 import copy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -534,7 +536,7 @@ def main():
         runtime = replace(runtime, dtype=torch.float32)
     check_settings(preset.gan, preset.gan_training, runtime)
     runs = Path("runs") / flags.preset
-    out = output_folder(flags.out or f"{runs}-gan")
+    out = output_folder(flags.out or f"{runs}-gan", "result.json", "samples.png")
     file = flags.first or runs / "student.pt"
     if not file.exists():
         raise UserError(

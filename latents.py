@@ -14,6 +14,8 @@ the k-th SHARD of them. What was stopped continues. An image that cannot be read
 end, and its shard is left out until that image has been repaired, or removed.
 """
 
+import startup  # noqa: F401  before the large packages
+
 from math import ceil
 from pathlib import Path
 

@@ -117,6 +117,13 @@ def check_compiler(device: torch.device):
         ) from None
 
 
+def is_lack_of_memory(error: Exception) -> bool:
+    """Of the main memory, or of a GPU's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # what PyTorch says on a CPU
+
+
 def synchronise(device: torch.device):
     """Wait for the device, before a clock is read."""
     if device.type != "cpu":

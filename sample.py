@@ -24,6 +24,8 @@ are: their times, the timesteps that the network is given, what is learned and w
     python sample.py runs/pixart256/student.pt --prompts DIR        prompts that text.py has encoded
 """
 
+import startup  # noqa: F401  before the large packages
+
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -284,7 +286,7 @@ def sample_all(sampler: Sampler, flags, sheet: list):
 
 def main():
     flags = parse_flags()
-    out = output_folder(flags.out)
+    out = output_folder(flags.out, "grid.png", "trajectory.png")
     if flags.png and any((out / "images").glob("*")):
         raise UserError(f"{out / 'images'} holds files: choose another --out, or remove them")
     sampler, sheet = Sampler(flags), []

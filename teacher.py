@@ -27,6 +27,8 @@ which the network is told this time. For flow matching, t runs from 1 to 0 and t
     python teacher.py --preset cifar10 --data DIR  the same on your own images, DIR/<class>/*.png
 """
 
+import startup  # noqa: F401  before the large packages
+
 import argparse
 from dataclasses import asdict, replace
 from pathlib import Path

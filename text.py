@@ -20,6 +20,8 @@ There are two encoders:
                  python text.py --prompts FILE --encoder google/t5-v1_1-xxl --out DIR
 """
 
+import startup  # noqa: F401  before the large packages
+
 import difflib
 import hashlib
 import math
@@ -183,10 +185,12 @@ def read_prompts(file: Path) -> list[str]:
 def load_t5(name: str, device):
     """The tokenizer and the encoder of a T5, from a folder or by its name. Raises UserError where
     they, or the package, are not to be had."""
-    transformers = optional_import("transformers")
+    # These modules, rather than the package, since it imports them only when they are used.
+    t5 = optional_import("transformers.models.t5.modeling_t5")
+    auto = optional_import("transformers.models.auto.tokenization_auto")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        encoder = transformers.T5EncoderModel.from_pretrained(name)
+        tokenizer = auto.AutoTokenizer.from_pretrained(name)
+        encoder = t5.T5EncoderModel.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no T5 encoder {name!r} ({reason}): name a folder") from None

@@ -25,10 +25,19 @@ from files import (
     first_difference,
     load_checkpoint,
     load_weights,
+    one_line,
     output_file,
     replace_file,
 )
-from machine import Progress, Runtime, all_reduce, rank, wait_for_all, world_size
+from machine import (
+    Progress,
+    Runtime,
+    all_reduce,
+    is_lack_of_memory,
+    rank,
+    wait_for_all,
+    world_size,
+)
 
 with suppress(ImportError):
     import fcntl
@@ -79,6 +88,20 @@ def training_precision(runtime: Runtime):
         yield
 
 
+@contextmanager
+def explain_memory(samples: int):
+    """Raises UserError, with advice, where the memory does not hold so many samples."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory, with {samples} samples at a time ({one_line(error)}): --accumulate K "
+            "takes a K-th of them at a time, --checkpointing keeps less of each"
+        ) from None
+
+
 def make_scaler(runtime: Runtime) -> torch.amp.GradScaler:
     """Gradients in float16 are scaled up, lest they become 0, and down again before the step. In
     other dtypes this does nothing."""
@@ -95,7 +118,8 @@ def accumulate_gradients(
         is_last = i == len(batches)
         # Processes exchange their gradients once, after the last micro-batch.
         wait = world_size() > 1 and not is_last
-        with network.no_sync() if wait else nullcontext(), training_precision(runtime):
+        precision = training_precision(runtime)
+        with network.no_sync() if wait else nullcontext(), precision, explain_memory(len(batch[0])):
             with runtime.autocast():
                 loss = loss_of(network, *batch) / len(batches)
             (scaler.scale(loss) if scaler else loss).backward()

@@ -17,6 +17,8 @@ distill.py writes the trajectories that it needs. This program does it before, o
     python trajectories.py --preset cifar10 --worker 2/8    the second of eight parts of the work
 """
 
+import startup  # noqa: F401  before the large packages
+
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path

@@ -39,9 +39,11 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import startup  # noqa: F401  before the large packages
+
+from matplotlib.figure import Figure
 
 import data
 from command_line import add_worker_flag, make_parser, positive_int, run_program

@@ -33,12 +33,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import startup  # noqa: F401  before the large packages
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import make_parser, non_negative, non_negative_int, positive_int, run_program
 from config import (

@@ -29,9 +29,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import startup  # noqa: F401  before the large packages
+
+import torch
 
 from command_line import make_parser, number, run_program
 from config import PRESETS, ModelConfig

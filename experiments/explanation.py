@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import startup  # noqa: F401  before the large packages
+
 from command_line import make_parser, run_program
 from figures import new_figure, save_figure
 

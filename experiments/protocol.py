@@ -25,12 +25,14 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import startup  # noqa: F401  before the large packages
+
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from command_line import make_parser, run_program
 from data import SUFFIXES, read_images

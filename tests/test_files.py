@@ -129,12 +129,22 @@ def test_files_and_folders_in_the_way(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is a folder, not a file to write to"):
         output_file(tmp_path)
     assert output_file(tmp_path / "a" / "b" / "c.png").parent.is_dir()
+    (tmp_path / "a" / "result.json").mkdir()
+    with pytest.raises(UserError, match="result.json is a folder, not a file to write to"):
+        output_folder(tmp_path / "a", "result.json")
     monkeypatch.setattr(os, "access", lambda folder, mode: False)  # root may write anywhere
     with pytest.raises(UserError, match="nothing can be written into the folder"):
         output_file(tmp_path / "file.png")
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def flip_a_bit(content: bytes) -> bytes:
+    """The same file with one bit of the first of the weights, which are all 1, changed."""
+    place = content.index(torch.ones(8).numpy().tobytes())
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
 
 OLD_FORMAT = dict(_use_new_zipfile_serialization=False)
 BAD = {  # what the file holds, and what the UserError says
@@ -160,6 +170,9 @@ BAD = {  # what the file holds, and what the UserError says
     "a list of weights": (saved(GOOD | dict(ema=[1])), "damaged: its ema is no dict"),
     "an odd iteration": (saved(GOOD | dict(iteration="9")), "damaged: its iteration is no int"),
     "odd losses": (saved(GOOD | dict(losses=None)), "damaged: its losses is no list"),
+    "losses in words": (saved(GOOD | dict(losses=[(1, "x")])), "damaged: its losses are not"),
+    "losses alone": (saved(GOOD | dict(losses=[0.1])), "damaged: its losses are not"),
+    "one bit of a weight": (flip_a_bit(saved(GOOD)), "cannot be read"),
     "half a record": (saved(GOOD | dict(record=dict(images=9))), "describes no classifier"),
 }
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (  # a module imports only from those before it: this is also the order in which to read
-    "config files figures machine command_line model training shards scenes text pixart data "
-    "teacher latents pretrained sample trajectories metrics evaluate distill gan"
+    "startup config files figures machine command_line model training shards scenes text pixart "
+    "data teacher latents pretrained sample trajectories metrics evaluate distill gan"
 ).split()
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")])

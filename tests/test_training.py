@@ -473,6 +473,15 @@ def test_a_damaged_training_is_not_continued(tmp_path, change):
     assert file.read_bytes() == before
 
 
+def test_a_lack_of_memory_names_the_batch(tmp_path):
+    def hungry_loss(model, iteration):
+        return model(torch.empty(2**58)).mean()
+
+    says = "out of memory, with 4 samples at a time .*--accumulate K"
+    with pytest.raises(UserError, match=says):
+        toy_train(tmp_path / "out.pt", hungry_loss)
+
+
 @pytest.mark.parametrize("content", [b"a thesis", b""])
 def test_another_file_in_the_way_is_not_overwritten(tmp_path, content):
     (tmp_path / "out.pt").write_bytes(content)
