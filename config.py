@@ -192,6 +192,7 @@ class StudentSettings:
     noise_shortcut: bool = False
     output_layer_per_step: bool = False  # the authors' code; the paper speaks of one network
     timesteps: tuple[float, ...] | None = None  # default: those of the states' own times
+    extra_layers: int = 0  # that the teacher does not have: a control for the history's cost
 
     @property
     def reads_history(self) -> bool:

@@ -160,6 +160,7 @@ def make_student(
             history_layers=settings.history_layers,
             noise_shortcut=settings.noise_shortcut,
             output_layers=settings.steps if settings.output_layer_per_step else 1,
+            depth=teacher_record.model.depth + settings.extra_layers,
         )
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -197,8 +198,8 @@ def check_settings(settings: StudentSettings):
 
 def initial_weights(model: DiT, teacher: DiT) -> dict:
     """The teacher's weights under the student's names: each output layer is a copy of the
-    teacher's, and what the teacher does not have (the noise shortcut) is as it was initialised,
-    zero."""
+    teacher's, and what the teacher does not have (the noise shortcut, extra layers) is as it was
+    initialised, so that it adds zero."""
     weights = teacher.state_dict()
     for layer in model.output_layer_names[1:]:
         for name, value in teacher.final_layer.state_dict().items():

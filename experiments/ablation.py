@@ -11,6 +11,7 @@ factors; each of their values is a row:
     history                 window, anchor, causal
     history_layers          N: one layer, a third, half and all of them
     noise_shortcut          with, without, and the shortcut alone (N = 0)
+    extra_layers            a larger network without history, of no lower cost
     steps                   S: 1, 2, 4, 8
     output_layer_per_step   one output layer for all steps, or one for each
     on_policy               the fraction of a batch that reads the student's own history
@@ -96,6 +97,10 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
             dict(noise_shortcut=False),
             dict(noise_shortcut=True),
             dict(noise_shortcut=True, history_layers=0),
+        ],
+        "extra_layers": [
+            dict(extra_layers=0),
+            dict(extra_layers=1, history_layers=0, noise_shortcut=False),
         ],
         "steps": [dict(steps=S) for S in (1, 2, 4, 8) if kept % S == 0],
         "output_layer_per_step": [dict(output_layer_per_step=choice) for choice in (False, True)],

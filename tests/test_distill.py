@@ -156,6 +156,17 @@ def test_the_noise_shortcut_changes_nothing_at_the_start_and_learns():
     assert model.noise_shortcut.weight.grad.abs().sum() > 0
 
 
+def test_extra_layers_change_nothing_at_the_start_and_learn():
+    x, y = trajectory()
+    usual, record = student_of(random_dit())
+    model, _ = student_of(random_dit(), extra_layers=1)
+    assert len(model.blocks) == len(usual.blocks) + 1
+    loss = ard_loss(model, record.student, x, y)
+    assert torch.equal(loss, ard_loss(usual, record.student, x, y))
+    loss.backward()
+    assert model.blocks[-1].adaLN_modulation[-1].weight.grad.abs().sum() > 0
+
+
 def test_output_layers_start_as_copies_and_learn_apart():
     model, record = student_of(random_dit(), output_layer_per_step=True)
     assert len(model.output_layer_names) == 4 == record.model.output_layers
