@@ -34,6 +34,7 @@ HISTORIES = ("none", "window", "anchor", "causal")
 SIZES = {
     "N": dict(width=64, depth=6, heads=4),  # nano: points in the plane
     "T": dict(width=128, depth=6, heads=4),  # tiny: 16×16 images on a CPU
+    "XS": dict(width=160, depth=4, heads=5),  # extra small: scenes, in patches of 7×7 pixels
     "S": dict(width=384, depth=12, heads=6),  # the four public sizes: 33M parameters,
     "B": dict(width=768, depth=12, heads=12),  # 130M,
     "L": dict(width=1024, depth=24, heads=16),  # 458M,
@@ -172,6 +173,7 @@ class Training:
     ema_decay: float  # of the moving average of the weights, which is the result
     schedule: Literal["cosine", "constant"] = "cosine"  # after a linear warm-up; cosine: down to 0
     on_policy: float = 0.0  # the fraction of each batch that reads the student's own history
+    noisier: float = 0.0  # moves a teacher's training times towards noise (flow matching only)
     seed: int = 0
 
 
@@ -375,10 +377,11 @@ PRESETS = {
         bf16=False,
     ),
     "scenes": Preset(
-        data=DataConfig("scenes", image_size=32, channels=3),
-        size="T/4",
+        data=DataConfig("scenes", image_size=21, channels=3),
+        size="XS/7",
         ode=dataclasses.replace(FLOW_24, guidance_scale=2.0),
-        teacher=Training(iterations=60_000, batch=128, lr=1e-3, ema_decay=0.9995),
+        # Where objects stand and what they are is decided early, when there is most noise.
+        teacher=Training(iterations=20_000, batch=128, lr=2e-3, ema_decay=0.999, noisier=1.0),
         trajectories=TrajectorySettings(count=20_480, kept_steps=evenly(24, 12)),
         student=COPY,
         distillation=Training(iterations=4000, batch=64, lr=5e-4, ema_decay=0.995),

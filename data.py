@@ -289,10 +289,10 @@ def captioned_scenes(count: int, seed: int = 0) -> Dataset:
     """`count` scenes of scenes.py. Their classes are captions; `prompts` holds these, encoded."""
     print(f"drawing {count:,} scenes")
     images, labels = draw_scenes(count, seed)
-    weights = caption_weights(caption_list())
-    prompts = scene_prompts()
-    dataset = Dataset(images, labels, prompts.texts, class_weights=tuple(weights.tolist()))
-    dataset.prompts = prompts
+    captions = caption_list()
+    weights = tuple(caption_weights(captions).tolist())
+    dataset = Dataset(images, labels, list(map(str, captions)), class_weights=weights)
+    dataset.prompts = scene_prompts()
     return dataset
 
 

@@ -12,6 +12,10 @@ All methods start from the same held-out noises, which no network was trained on
     precision   the fraction of images that lie among the real ones; recall: the reverse
     accuracy    how often the classifier finds the class that was asked for
 
+Scenes are also read back and compared with their captions (scenes.py), which gives the fraction of
+images in which all of the caption is right: for each category of captions, for all of them, for
+captions that name a held-out pair, and, as a control, for the caption of another image.
+
 The paper sums up its Table 1 in one ratio: the degradation of step distillation is 5.1 times that
 of ARD. The same ratio is printed here, or a bound where ARD's degradation is within chance.
 
@@ -77,7 +81,7 @@ from metrics import coverage, frechet, moments
 from model import visible_keys
 from pretrained import ASSETS, load_network
 from sample import few_step, next_state, predict_all, student_times
-from scenes import CATEGORIES, adherence, caption_list
+from scenes import CATEGORIES, adherence, caption_list, caption_weights
 from teacher import solve
 from text import prompt_length
 from training import learning_rate, make_optimizer
@@ -85,6 +89,7 @@ from training import learning_rate, make_optimizer
 REPORT_IMAGES = 1000  # of each method, at the end of a training
 FEATURES = 64  # of the classifier
 ERROR_IMAGES = 256  # of each method, where only errors are measured
+HELD_OUT_IMAGES = 256  # of each method, of captions that name a held-out pair
 RESAMPLES = 20  # for `chance`
 EXPOSURE_SAMPLES = 128
 ATTENTION_SAMPLES = 16  # whose attention weights are computed as matrices, which takes memory
@@ -333,6 +338,7 @@ class Evaluator:
         self.classifier, self.real_images = None, None
         self.real_row = {}  # of other real images
         self.has_classes = len(record.classes) > 1 and not record.model.reads_text
+        self.has_captions = record.data.source == "scenes"
         config = data or record.data
         if config.source is None:
             self.count = min(count, ERROR_IMAGES)
@@ -346,7 +352,8 @@ class Evaluator:
             self.teacher_features, classes = features(self.classifier, self.target)
             distances = self.distances(self.teacher_features, classes, self.labels)
             self.teacher_row |= distances | dict(above=0.0, chance=0.0)
-            self.teacher_row |= self.adherence(self.target)
+            run = teacher_method(teacher, ode).images
+            self.teacher_row |= self.adherence(run, self.target, "teacher")
 
     def load_real_images(self, config, test: str | None):
         classes = self.record.classes
@@ -374,33 +381,38 @@ class Evaluator:
         images, labels = train_set.some(self.count)
         found, predicted = features(self.classifier, images)
         self.real_row = self.distances(found, predicted, labels)
+        if self.has_captions:
+            self.real_row |= caption_scores(images, labels)
 
     def noise(self, indices):
         """The held-out noises x_T (b, c, h, w) and labels (b,) with these indices."""
         x_T, y = data.noise_and_labels(self.record, data.EVALUATION_SEED, indices)
         return x_T.to(self.runtime.device), y.to(self.runtime.device)
 
-    def generate(self, run, title: str):
+    def generate(self, run, title: str, y=None):
         """The images (N, c, h, w) that run(x_T, y) makes of the held-out noises, and how many
-        milliseconds an image took: the median over batches."""
+        milliseconds an image took: the median over batches. y: labels (N,), if they are not those
+        of the noises."""
         device, at_once = self.runtime.device, self.runtime.samples_at_once
         made, ms = [], []
         # The batches are of about equal size, so that none is a single sample.
-        count = math.ceil(self.count / at_once)
-        batches = torch.arange(self.count).tensor_split(count)
+        total = self.count if y is None else len(y)
+        batches = torch.arange(total).tensor_split(math.ceil(total / at_once))
         progress = Progress(
             title,
             batches,
             unit="images",
             size=at_once,
-            amount=self.count,
+            amount=total,
         )
         for indices in progress:
-            x_T, y = self.noise(indices.tolist())
+            x_T, labels = self.noise(indices.tolist())
+            if y is not None:
+                labels = y[indices].to(device)
             synchronise(device)
             began = time.perf_counter()
             with self.runtime.autocast():
-                images = run(x_T, y)
+                images = run(x_T, labels)
             synchronise(device)
             seconds = time.perf_counter() - began
             ms.append(1000 * seconds / len(indices))
@@ -452,15 +464,30 @@ class Evaluator:
         row |= self.distances(found, classes, self.labels)
         row["above"] = row["distance"] - self.teacher_row["distance"]
         row["chance"] = chance_of(found, self.teacher_features, self.real)
-        return row | self.adherence(images)
+        return row | self.adherence(run, images, title)
 
-    def adherence(self, images) -> dict:
-        """How well scenes follow their captions: see scenes.adherence. {} for other data."""
-        if self.record.data.source != "scenes":
+    def adherence(self, run, images, title: str) -> dict:
+        """How well scenes follow their captions, and captions that name a held-out pair. {} for
+        other data."""
+        if not self.has_captions:
             return {}
-        captions = caption_list()
-        pixels = rearrange(data.to_uint8(images), "b h w c -> b c h w")
-        return adherence(pixels, [captions[label] for label in self.labels])
+        number = len(caption_list())
+        rng = data.stream(data.EVALUATION_SEED, 0)
+        weights = caption_weights(caption_list(held_out=True))
+        y = torch.from_numpy(number + rng.choice(len(weights), HELD_OUT_IMAGES, p=weights))
+        others, _ = self.generate(run, f"{title}, held-out captions", y)
+        row = caption_scores(images, self.labels)
+        return row | {"held out": caption_scores(others, y)["all right"]}
+
+
+def caption_scores(images, y) -> dict[str, float]:
+    """Those of scenes.adherence, for images in [-1, 1] of the captions with the numbers y. As a
+    control, "another's" is the fraction in which all of *another image's* caption is right."""
+    captions = [*caption_list(), *caption_list(held_out=True)]  # as text.scene_prompts has them
+    captions = [captions[number] for number in y]
+    pixels = rearrange(data.to_uint8(images), "b h w c -> b c h w")
+    shifted = captions[1:] + captions[:1]
+    return adherence(pixels, captions) | {"another's": adherence(pixels, shifted)["all right"]}
 
 
 def check_classes(classes: tuple[str, ...], *data_sets: data.Dataset):
@@ -771,7 +798,7 @@ def draw_attention(shares: dict[str, list], file: Path):
 # ---- 7. The comparison, at the end of a training and as a program --------------------------------
 
 COLUMNS = {"calls": "d", "error": ".6f", "distance": ".3f", "above": ".3f", "chance": ".3f"}
-ADHERENCE_COLUMNS = dict.fromkeys((*CATEGORIES, "all right"), ".3f")
+ADHERENCE_COLUMNS = dict.fromkeys((*CATEGORIES, "all right", "held out", "another's"), ".3f")
 MORE_COLUMNS = dict(gmacs=".4f", ms=".2f", precision=".3f", recall=".3f", accuracy=".3f")
 LEGEND = """
 calls: network evaluations for an image. error: mean squared error to the teacher's full-step image

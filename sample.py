@@ -20,7 +20,7 @@ are: their times, the timesteps that the network is given, what is learned and w
     python sample.py assets/textures-teacher.pt      the same noises, its teacher's 24 steps
     python sample.py --labels 0 2 --draw-trajectory  two classes, and how the images came to be
     python sample.py --count 50000 --npz             samples.npz, for ADM's evaluator
-    python sample.py runs/scenes/student.pt --prompt "a red star left of a blue ring"
+    python sample.py --prompt "a red star left of a blue ring"      the student of scenes
     python sample.py runs/pixart256/student.pt --prompts DIR        prompts that text.py has encoded
 """
 
@@ -160,8 +160,8 @@ def parse_flags():
         "checkpoint",
         type=Path,
         nargs="?",
-        default=ASSETS / "textures-student.pt",
-        help="a student or a teacher (default: the shipped student of textures)",
+        help="a student or a teacher (default: the shipped student of textures, or of scenes where "
+        "there is a --prompt)",
     )
     add("--count", type=positive_int, default=64, help="images (default: 64)")
     add("--labels", nargs="+", metavar="CLASS", help="names or numbers of classes, in turn")
@@ -188,8 +188,9 @@ class Sampler:
 
     def __init__(self, flags):
         self.runtime = runtime_from(flags)
+        shipped = "scenes" if flags.prompt else "textures"
         self.model, self.record = load_network(
-            flags.checkpoint,
+            flags.checkpoint or ASSETS / f"{shipped}-student.pt",
             "student",
             "teacher",
             device=self.runtime.device,

@@ -13,6 +13,10 @@ separate, their colours are those of a palette, and their shapes are the rendere
 well a generated image follows its caption can be scored exactly (`read_scene`, `score`), in the
 categories of T2I-CompBench (arXiv 2307.06350): attribute binding, spatial relation, number.
 
+Objects stand in the cells of a 3×3 grid, a little off their centres. A cell is one patch of the
+network, so that each token shows one object, or none. A small network learns that within an hour on
+a CPU. Where objects stand anywhere, it takes many times as long.
+
 A fifth of the colour–shape pairs never occur in training captions (`HELD_OUT`): do networks that
 have seen red stars and blue rings draw a blue star?
 """
@@ -24,7 +28,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 32  # pixels a side
+SIZE = 21  # pixels a side
+CELL = 7  # of the grid in which objects stand
 GROUND = (18, 18, 24)
 COLOURS = {
     "red": (235, 60, 50),
@@ -38,8 +43,8 @@ SHAPES = ("disc", "ring", "square", "triangle", "star")
 NUMBERS = {2: "two", 3: "three"}
 CATEGORIES = ("one", "two", "relation", "count")
 HELD_OUT = tuple(zip(COLOURS, SHAPES + SHAPES[:1], strict=True))  # red disc, green ring, …
-RADII = (4.25, 5.25)  # of the circle in which a shape is drawn, pixels
-GAP = 2.5  # pixels between two objects, at least
+RADII = (2.4, 2.8)  # of the circle in which a shape is drawn, pixels
+JITTER = 0.15  # of its centre, in either direction
 
 SUPERSAMPLING = 8
 
@@ -160,24 +165,17 @@ def caption_weights(captions: list[Caption]) -> np.ndarray:
 
 
 def place(caption: Caption, rng: np.random.Generator) -> list[Thing]:
-    """Random places and sizes for the things of a caption, apart from one another and as it
-    says."""
+    """Random cells and sizes for the things of a caption, so that its relation holds."""
+    side = SIZE // CELL
     while True:
         things = []
-        for colour, shape in caption.things:
-            radius = rng.uniform(*RADII)
-            x, y = rng.uniform(radius + 0.5, SIZE - radius - 0.5, size=2)
-            things.append(Thing(colour, shape, float(x), float(y), float(radius)))
-        if are_apart(things) and fulfils(caption.relation, things, margin=1.0):
+        cells = rng.choice(side**2, size=len(caption.things), replace=False)
+        for (colour, shape), cell in zip(caption.things, cells, strict=True):
+            corner = CELL * np.array([cell % side, cell // side])
+            x, y = corner + CELL / 2 + rng.uniform(-JITTER, JITTER, size=2)
+            things.append(Thing(colour, shape, float(x), float(y), float(rng.uniform(*RADII))))
+        if fulfils(caption.relation, things, margin=1.0):
             return things
-
-
-def are_apart(things: list[Thing]) -> bool:
-    for i, a in enumerate(things):
-        for b in things[:i]:
-            if math.hypot(a.x - b.x, a.y - b.y) < a.radius + b.radius + GAP:
-                return False
-    return True
 
 
 def fulfils(relation: str, things: list[Thing], margin: float = 0.0) -> bool:
@@ -207,7 +205,7 @@ def draw_scenes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 # ---- 3. Reading a scene back ---------------------------------------------------------------------
 
-WINDOW = 16  # pixels a side of the window in which a shape is recognised
+WINDOW = 12  # pixels a side of the window in which a shape is recognised
 
 
 @lru_cache(maxsize=1)
@@ -216,7 +214,7 @@ def templates() -> tuple[np.ndarray, list[tuple[str, float, float, float]]]:
     (shape, x, y, radius), in the window."""
     covers, names = [], []
     for shape in SHAPES:
-        for radius in np.arange(3.75, 6.0, 0.25):
+        for radius in np.arange(2.0, 3.6, 0.2):
             for dx in np.arange(-1.25, 1.5, 0.25):
                 for dy in np.arange(-1.25, 1.5, 0.25):
                     x, y = WINDOW / 2 + dx, WINDOW / 2 + dy
@@ -254,8 +252,8 @@ def read_scene(image: np.ndarray) -> list[Thing]:
     overlap (intersection over union of covers). A region that resembles no shape is not a thing."""
     brightness = image.max(axis=0).astype(np.float32)
     things = []
-    for region in connected_components(brightness > 70):
-        if region.sum() < 9:  # pixels: noise
+    for region in connected_components(brightness > 120):
+        if region.sum() < 4:  # pixels: noise
             things.append(None)
             continue
         things.append(read_thing(image, dilate(region)))

@@ -70,10 +70,11 @@ class FlowMatching:
         """The (euler_steps + 1,) times from noise to image between which the Euler steps go."""
         return torch.linspace(self.t_noise, self.t_image, euler_steps + 1)
 
-    def draw_times(self, count: int, rng: np.random.Generator) -> torch.Tensor:
+    def draw_times(self, count: int, rng: np.random.Generator, noisier: float) -> torch.Tensor:
         """Training times, logit-normal: most of them in the middle, where the task is hardest
-        (Stable Diffusion 3, arXiv 2403.03206)."""
-        return torch.sigmoid(torch.from_numpy(rng.standard_normal(count, dtype=np.float32)))
+        (Stable Diffusion 3, arXiv 2403.03206). `noisier` is the mean of the logits."""
+        normal = torch.from_numpy(rng.standard_normal(count, dtype=np.float32))
+        return torch.sigmoid(normal + noisier)
 
 
 class DDPM:
@@ -108,7 +109,7 @@ class DDPM:
         integers = torch.linspace(self.t_noise, 0, euler_steps, dtype=torch.float64).round()
         return torch.cat([integers, torch.tensor([self.t_image])]).float()
 
-    def draw_times(self, count: int, rng: np.random.Generator) -> torch.Tensor:
+    def draw_times(self, count: int, rng: np.random.Generator, noisier: float) -> torch.Tensor:
         return torch.from_numpy(rng.integers(0, 1000, count).astype(np.float32))
 
 
@@ -275,7 +276,7 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
         rng = data.stream(training.seed, iteration)
         images, y = dataset.draw(training.batch, rng)
         noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
-        t = NOISE_PATHS[ode.noise_path].draw_times(len(y), rng)
+        t = NOISE_PATHS[ode.noise_path].draw_times(len(y), rng, training.noisier)
         without_label = torch.from_numpy(rng.random(len(y)) < LABEL_DROPOUT)
         y = torch.where(without_label, model.null_class, y)
         return images, y, t, noise
@@ -333,7 +334,7 @@ def parse_flags():
         action=argparse.BooleanOptionalAction,
         help="mirror training images at random (default: no)",
     )
-    add("--size", help="network, as SIZE/PATCH with a size of N, T, S, B, L or XL, such as T/4")
+    add("--size", help="network, as SIZE/PATCH with a size of N, T, XS, S, B, L or XL, such as T/4")
     group = parser.add_argument_group("ODE")
     add = group.add_argument
     add("--noise-path", choices=("flow", "ddpm"), help="flow matching, or DDPM")

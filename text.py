@@ -13,8 +13,9 @@ list, `Prompts`. So sampling, guidance, trajectories and distillation are the sa
 
 There are two encoders:
 
-    words    for the scenes of scenes.py: a fixed random vector for each word, and sinusoids for its
-             place in the caption. Nothing is learned and nothing is downloaded.
+    words    for the scenes of scenes.py: a fixed random vector for each word, that of the word
+             before it (which tells whose colour a colour is), and sinusoids for its place in the
+             caption. Nothing is learned and nothing is downloaded.
     T5       for the public networks. `transformers` encodes a file of prompts, one a line, once:
 
                  python text.py --prompts FILE --encoder google/t5-v1_1-xxl --out DIR
@@ -39,8 +40,8 @@ from shards import SHARD, Shards, read_meta, start_shards, write_shard
 
 # ---- 1. Words ------------------------------------------------------------------------------------
 
-WORD_WIDTH, PLACE_WIDTH = 48, 16  # features of a word, and of its place
-TEXT_WIDTH = WORD_WIDTH + PLACE_WIDTH
+WORD_WIDTH, PLACE_WIDTH = 24, 16  # features of a word, and of its place
+TEXT_WIDTH = 2 * WORD_WIDTH + PLACE_WIDTH  # a word, the word before it, its place
 LONGEST_CAPTION = 8  # words: "a red star left of a blue ring"
 T5_LENGTH = 120  # tokens of T5, as PixArt-α was trained
 
@@ -76,18 +77,22 @@ def encode_words(caption: str, length: int) -> np.ndarray:
     if len(words) > length:
         print(f"note: the prompt {caption!r} is cut after {length} words")
         words = words[:length]
-    vectors = np.zeros((length, TEXT_WIDTH), np.float32)
+    alone = np.zeros((len(words), WORD_WIDTH))
     for i, word in enumerate(words):
         rng = np.random.default_rng(known.index(word))
-        vectors[i, :WORD_WIDTH] = rng.standard_normal(WORD_WIDTH)
-    vectors[: len(words), WORD_WIDTH:] = places(len(words))
+        alone[i] = rng.standard_normal(WORD_WIDTH)
+    before = np.concatenate([np.zeros((1, WORD_WIDTH)), alone[:-1]])
+    vectors = np.zeros((length, TEXT_WIDTH), np.float32)
+    vectors[: len(words)] = np.concatenate([alone, before, places(len(words))], axis=1)
     return vectors
 
 
 @lru_cache(maxsize=1)
 def scene_prompts() -> "Prompts":
-    """The captions from which scenes.py draws its training images."""
-    return Prompts([str(caption) for caption in caption_list()], LONGEST_CAPTION)
+    """The captions from which scenes.py draws its training images, and after them those that name a
+    held-out pair."""
+    captions = [*caption_list(), *caption_list(held_out=True)]
+    return Prompts([str(caption) for caption in captions], LONGEST_CAPTION)
 
 
 # ---- 2. Prompts ----------------------------------------------------------------------------------

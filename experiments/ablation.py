@@ -13,6 +13,7 @@ factors; each of their values is a row:
     noise_shortcut          with, without, and the shortcut alone (N = 0)
     extra_layers            a larger network without history, of no lower cost
     steps                   S: 1, 2, 4, 8
+    kind_and_steps          the baseline, and x0 predictions as for textures, in 4 and in 3 steps
     output_layer_per_step   one output layer for all steps, or one for each
     on_policy               the fraction of a batch that reads the student's own history
     guidance_scale          of the teacher, whose trajectories are written anew
@@ -51,6 +52,7 @@ from command_line import add_worker_flag, make_parser, positive_int, run_program
 from config import HISTORIES, ODE, PRESETS, Preset, TeacherRecord, override_parts
 from distill import add_student_flags, distill, make_student
 from evaluate import (
+    ADHERENCE_COLUMNS,
     Evaluator,
     count_macs,
     exposure_bias,
@@ -88,6 +90,10 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
     guidance_scale = baseline.ode.guidance_scale
     count, iterations = baseline.trajectories.count, baseline.distillation.iterations
     kept = len(baseline.trajectories.kept_steps)
+    # Those of textures, the default preset: learning them takes reading x_T.
+    forgetful = dict(
+        targets="x0", output="state", history_layers=depth, noise_shortcut=True, on_policy=1.0
+    )
     return {
         "baseline": [{}],
         "kind": [*kinds, kinds[-1] | dict(history_layers=depth)],
@@ -103,6 +109,12 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
             dict(extra_layers=1, history_layers=0, noise_shortcut=False),
         ],
         "steps": [dict(steps=S) for S in (1, 2, 4, 8) if kept % S == 0],
+        "kind_and_steps": [
+            changes | dict(steps=S)
+            for changes in ({}, forgetful)
+            for S in (baseline.student.steps, 3)
+            if kept % S == 0
+        ],
         "output_layer_per_step": [dict(output_layer_per_step=choice) for choice in (False, True)],
         "on_policy": [dict(on_policy=fraction) for fraction in (0.0, 0.5, 1.0)],
         "guidance_scale": [dict(guidance_scale=scale * guidance_scale) for scale in (1, 2)],
@@ -273,10 +285,10 @@ class Ablation:
             rows.append(row)
         return rows
 
-    def teacher_rows(self, baseline: Preset) -> dict[str, dict]:
-        """The teacher at its full steps, and at the baseline's S."""
+    def teacher_rows(self, baseline: Preset, few_steps: list[int]) -> dict[str, dict]:
+        """The teacher at its full steps, and at these numbers of steps."""
         evaluator, rows = self.evaluator(baseline.ode), {}
-        for euler_steps in (baseline.ode.euler_steps, baseline.student.steps):
+        for euler_steps in (baseline.ode.euler_steps, *few_steps):
             ode = replace(baseline.ode, euler_steps=euler_steps)
             title = f"teacher, {euler_steps} steps"
             if rows:
@@ -322,11 +334,12 @@ def collect(ablation: Ablation, baseline: Preset, rows: dict[str, list[dict]]) -
                 students |= results
         if entries:
             found[factor] = entries
+    few_steps = {runs[0]["calls"] for runs in students.values()} | {baseline.student.steps}
     return dict(
         baseline=asdict(baseline),
         images=ablation.images,
         device=str(ablation.runtime.device),
-        teachers=ablation.teacher_rows(baseline),
+        teachers=ablation.teacher_rows(baseline, sorted(few_steps, reverse=True)),
         factors=found,
         students=students,
     )
@@ -338,7 +351,8 @@ MEASURES = {
     "error": ".6f", "distance": ".3f", "above": ".4f", "precision": ".3f", "recall": ".3f",
     "accuracy": ".3f",
 }
-COLUMNS = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
+ALL_MEASURES = MEASURES | ADHERENCE_COLUMNS  # the latter of scenes only
+COLUMNS = ("seeds", "calls", "gmacs", *ALL_MEASURES, "shuffled", "error ratio", "above ratio")
 LEGEND = """
 The mean and, for several seeds, ± half of the range. error: mean squared error to the teacher's
 image of the same noise. distance: Fréchet distance to real images, in the features of a small
@@ -375,7 +389,7 @@ def ratio(control: list[dict], student: list[dict], measure: str) -> str:
 
 def teacher_line(row: dict) -> dict[str, str]:
     line = dict(calls=str(row["calls"]), gmacs=f"{row['gmacs']:.4f}")
-    for measure, form in MEASURES.items():
+    for measure, form in ALL_MEASURES.items():
         if measure in row:
             line[measure] = format(row[measure], form)
     return line
@@ -384,8 +398,8 @@ def teacher_line(row: dict) -> dict[str, str]:
 def student_line(runs: list[dict], control: list[dict] | None) -> dict[str, str]:
     """The texts of a line, by its columns. `control`: the runs of its control, if it has one."""
     line = teacher_line(runs[0]) | dict(seeds=str(len(runs)))
-    for measure in line.keys() & MEASURES.keys():
-        line[measure] = spread([run[measure] for run in runs], MEASURES[measure])
+    for measure in line.keys() & ALL_MEASURES.keys():
+        line[measure] = spread([run[measure] for run in runs], ALL_MEASURES[measure])
     if control is None:
         return line
     if "shuffled" in runs[0]:
@@ -413,7 +427,9 @@ def table_lines(content: dict) -> dict[str, dict[str, str]]:
 
 
 def markdown(lines: dict[str, dict], columns=COLUMNS) -> str:
-    """Lines {title: {column: text}} as a Markdown table with aligned columns."""
+    """Lines {title: {column: text}} as a Markdown table with aligned columns. A column that no line
+    has is left out."""
+    columns = [column for column in columns if any(column in line for line in lines.values())]
     cells = [["", *columns]]
     for title, line in lines.items():
         cells.append([title, *(line.get(column, "") for column in columns)])

@@ -101,8 +101,7 @@ def ablation_tables() -> dict[str, str]:
     for file in sorted(RESULTS.glob("ablation-*.json")):
         if file.stem != "ablation-shapes-six":  # its rows are also in ablation-shapes
             lines = ablation.table_lines(json.loads(file.read_text()))
-            columns = [c for c in ablation.COLUMNS if any(c in line for line in lines.values())]
-            found[file.stem] = ablation.markdown(lines, columns)
+            found[file.stem] = ablation.markdown(lines)
     return found
 
 

@@ -49,8 +49,8 @@ def test_shuffled_captions_are_fulfilled_by_chance_only():
 
 def test_what_a_thing_is_and_where():
     things = [
-        Thing("red", "star", 8.3, 9.1, 4.6),
-        Thing("blue", "ring", 22.0, 20.7, 5.0),
+        Thing("red", "star", 3.6, 10.4, 2.5),
+        Thing("blue", "ring", 17.4, 3.5, 2.7),
     ]
     found = sorted(read_scene(draw_scene(things)), key=lambda thing: thing.x)
     assert [(thing.colour, thing.shape) for thing in found] == [("red", "star"), ("blue", "ring")]
@@ -75,7 +75,7 @@ RED_STAR, BLUE_RING = ("red", "star"), ("blue", "ring")
     ],
 )
 def test_scores(caption, expected):
-    things = [Thing("red", "star", 8, 12, 4.5), Thing("blue", "ring", 22, 18, 4.5)]
+    things = [Thing("red", "star", 3.5, 3.5, 2.5), Thing("blue", "ring", 17.5, 10.5, 2.5)]
     found = score(caption, things)
     assert {key: found[key] for key in expected} == expected
 

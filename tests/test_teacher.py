@@ -239,7 +239,7 @@ def test_the_loss_of_perfect_and_of_wrong_predictions(ode):
 
 @pytest.mark.parametrize("name", NOISE_PATHS)
 def test_training_times_lie_on_the_path(name):
-    t = NOISE_PATHS[name].draw_times(2000, np.random.default_rng(0))
+    t = NOISE_PATHS[name].draw_times(2000, np.random.default_rng(0), 0.0)
     if name == "ddpm":  # uniform over the integers
         assert torch.equal(t, t.round()) and t.min() >= 0 and t.max() <= 999
         assert abs(t.mean() - 499.5) < 30

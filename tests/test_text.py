@@ -8,6 +8,7 @@ import torch
 
 import text
 from files import UserError
+from scenes import caption_list
 from text import EncodedPrompts, Prompts, encode_words, read_prompts, scene_prompts
 
 
@@ -19,10 +20,12 @@ def test_words_are_vectors_and_the_rest_is_zero():
 
 def test_a_word_has_the_same_vector_everywhere_and_a_place_of_its_own():
     first = encode_words("a red star left of a blue ring", 8)
-    word, place = np.split(first, [text.WORD_WIDTH], axis=1)
+    width = text.WORD_WIDTH
+    word, before, place = np.split(first, [width, 2 * width], axis=1)
     assert np.array_equal(word[0], word[5])  # "a"
-    assert len({tuple(row) for row in place}) == 8
     assert len({tuple(row) for row in word}) == 7
+    assert np.array_equal(before[1:], word[:-1]) and not before[0].any()
+    assert len({tuple(row) for row in place}) == 8
 
 
 def test_prompts_are_looked_up_by_number_and_minus_one_is_the_empty_prompt():
@@ -35,8 +38,9 @@ def test_prompts_are_looked_up_by_number_and_minus_one_is_the_empty_prompt():
 
 def test_every_caption_of_training_fits():
     prompts = scene_prompts()
-    assert len(prompts) == 1728 and prompts.vectors.shape == (1729, 8, text.TEXT_WIDTH)
-    assert len({row.numpy().tobytes() for row in prompts.vectors}) == 1729  # all are told apart
+    assert len(prompts) == 2700 and prompts.vectors.shape == (2701, 8, text.TEXT_WIDTH)
+    assert len({row.numpy().tobytes() for row in prompts.vectors}) == 2701  # all are told apart
+    assert prompts.texts[:1728] == [str(caption) for caption in caption_list()]
 
 
 def test_an_unknown_word_is_named_with_the_nearest_known_ones():
