@@ -358,7 +358,8 @@ class Evaluator:
     def load_real_images(self, config, test: str | None):
         classes = self.record.classes
         shipped = shipped_classifier(config, classes, self.runtime)
-        train_set = data.load(config, count=self.count if shipped else None)
+        trains = shipped is None and not self.has_captions  # see find_classifier
+        train_set = data.load(config, count=None if trains else self.count)
         if test is None:
             held_out = data.load(config, "test", self.count)
         else:

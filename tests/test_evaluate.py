@@ -40,8 +40,9 @@ from evaluate import (
 from files import UserError, export, fingerprint, load_checkpoint
 from model import DiT
 from sample import few_step, predict_all
+from scenes import all_captions, caption_list, caption_weights, draw_scene, place
 from teacher import solve
-from text import TEXT_WIDTH, prompt_length
+from text import TEXT_WIDTH, prompt_length, scene_prompts
 from tiny import CPU, FLOW_8, TRAINING, random_dit, random_weights, student_of
 
 
@@ -732,3 +733,35 @@ def test_own_states_predict_themselves():
     with torch.no_grad():
         again = predict_all(model, record.student, own[:, :-1], y)
     torch.testing.assert_close(again, own[:, 1:], rtol=1e-4, atol=1e-5)
+
+
+# ---- scenes and their captions -------------------------------------------------------------------
+
+
+def test_scenes_are_compared_with_their_captions(tmp_path, monkeypatch, capsys):
+    """A method that draws the scene of each caption, held-out ones too, has everything right. Of
+    another image's caption it is right by chance only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "HELD_OUT_IMAGES", 80)
+    scenes = DataConfig("scenes", image_size=21, channels=3)
+    captions = tuple(map(str, caption_list()))
+    weights = tuple(caption_weights(caption_list()).tolist())
+    teacher, record = trained_on(scenes, captions, text_width=TEXT_WIDTH, patch=7)
+    record = replace(record, class_weights=weights)
+    teacher.prompts = scene_prompts()
+    evaluator = Evaluator(teacher, record, record.ode, 80, CPU)
+    texts = []
+
+    def draw(x_T, y):
+        texts.extend(teacher.prompts.texts[number] for number in y)
+        chosen = [all_captions()[text] for text in texts[-len(y) :]]
+        pictures = [draw_scene(place(caption, np.random.default_rng(0))) for caption in chosen]
+        return torch.from_numpy(np.stack(pictures)) / 127.5 - 1
+
+    row = evaluator(draw, "perfect")
+    assert row["all right"] == row["relation"] == row["held out"] == 1
+    assert row["another's"] < 0.05
+    held_out = [all_captions()[text].is_held_out for text in texts]
+    assert held_out == [False] * 80 + [True] * 80
+    assert evaluator.teacher_row["all right"] < 0.05  # noise, of random weights
+    assert evaluator.real_row["all right"] == 1
