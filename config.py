@@ -382,9 +382,9 @@ PRESETS = {
         ode=dataclasses.replace(FLOW_24, guidance_scale=2.0),
         # Where objects stand and what they are is decided early, when there is most noise.
         teacher=Training(iterations=20_000, batch=128, lr=2e-3, ema_decay=0.999, noisier=1.0),
-        trajectories=TrajectorySettings(count=20_480, kept_steps=evenly(24, 12)),
-        student=COPY,
-        distillation=Training(iterations=4000, batch=64, lr=5e-4, ema_decay=0.995),
+        trajectories=TrajectorySettings(count=8192, kept_steps=evenly(24, 12)),
+        student=dataclasses.replace(COPY, history_layers=2),
+        distillation=Training(iterations=1000, batch=32, lr=1e-3, ema_decay=0.99),
     ),
     "cifar10": Preset(
         data=DataConfig(None, image_size=32, channels=3),

@@ -286,7 +286,8 @@ class Ablation:
         return rows
 
     def teacher_rows(self, baseline: Preset, few_steps: list[int]) -> dict[str, dict]:
-        """The teacher at its full steps, and at these numbers of steps."""
+        """The teacher at its full steps, and at these numbers of steps. Before it, for scenes, true
+        ones: how well their captions can be read back."""
         evaluator, rows = self.evaluator(baseline.ode), {}
         for euler_steps in (baseline.ode.euler_steps, *few_steps):
             ode = replace(baseline.ode, euler_steps=euler_steps)
@@ -298,6 +299,8 @@ class Ablation:
             calls = euler_steps * ode.calls_per_step
             gmacs = calls * count_macs(self.teacher.config) / 1e9
             rows[title] = dict(calls=calls, gmacs=gmacs) | row
+        if evaluator.has_captions:
+            rows = {"true scenes": evaluator.real_row} | rows
         return rows
 
     def teacher_images(self, ode: ODE, x_T, y):
@@ -388,7 +391,9 @@ def ratio(control: list[dict], student: list[dict], measure: str) -> str:
 
 
 def teacher_line(row: dict) -> dict[str, str]:
-    line = dict(calls=str(row["calls"]), gmacs=f"{row['gmacs']:.4f}")
+    line = {}
+    if "calls" in row:  # not of true images
+        line = dict(calls=str(row["calls"]), gmacs=f"{row['gmacs']:.4f}")
     for measure, form in ALL_MEASURES.items():
         if measure in row:
             line[measure] = format(row[measure], form)

@@ -125,6 +125,8 @@ def make_teacher(name: str, source: str, classes: tuple[str, ...]):
 class NoEvaluator:
     """In place of evaluate.Evaluator, which trains a classifier."""
 
+    has_captions = False
+
     def __init__(self, teacher, record, ode, *_, **__):
         self.record, self.teacher_row = record, dict(error=0.0, above=0.0)
 
