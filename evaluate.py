@@ -806,6 +806,11 @@ calls: network evaluations for an image. error: mean squared error to the teache
 of the same noise. distance: Fréchet distance to real images in the features of a small classifier
 (not FID). above: distance minus the teacher's. chance: two standard deviations of that.
 """
+ADHERENCE_LEGEND = """
+one, two, relation, count: the fraction of images in which all of the caption is right, for captions
+of each kind. held out: of captions that name a pair of colour and shape which no training caption
+names. another's: of the caption of another image, by chance.
+"""
 
 
 def show_comparison(
@@ -825,10 +830,11 @@ def show_comparison(
         columns = columns | MORE_COLUMNS
         if evaluator.real_row:
             rows["other real images"] = evaluator.real_row
-    if evaluator.record.data.source == "scenes":
-        columns = columns | ADHERENCE_COLUMNS
+    legend = LEGEND
+    if evaluator.has_captions:
+        columns, legend = columns | ADHERENCE_COLUMNS, LEGEND + ADHERENCE_LEGEND
     print(f"\n{evaluator.count:,} images of each method, from the same noises\n")
-    print(table(rows, columns), LEGEND, *ratios, "", sep="\n")
+    print(table(rows, columns), legend, *ratios, "", sep="\n")
 
     errors, shares = measure_curves(teacher, students, evaluator)
     draw_samples(methods, evaluator, out / "samples.png")
