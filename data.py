@@ -39,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from config import DataConfig, Preset, StudentRecord, TeacherRecord, parse_size
 from files import UserError, replace_file
 from machine import Progress
-from scenes import caption_list, caption_weights, draw_scenes
+from scenes import caption_list, caption_weights, draw_cover, draw_scenes
 from shards import Shards, read_meta
 from text import scene_prompts
 
@@ -213,62 +213,17 @@ def textures(count: int, size: int = 16, seed: int = 0) -> Dataset:
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "heart", "bar", "bow")
 
 
-def polygon(radii: list[float], start: float):
-    """Corners at these distances from the centre, at equal angles, as complex numbers."""
-    angles = start + 2 * pi * np.arange(len(radii)) / len(radii)
-    return radii * np.exp(1j * angles)
-
-
-def outline(name: str):
-    """The corners of a shape that is a polygon, as x + i·y. They lie in the unit circle, or nearly
-    so."""
-    if name == "heart":  # a well-known curve
-        u = np.linspace(0, 2 * pi, 60, endpoint=False)
-        x = 16 * np.sin(u) ** 3
-        y = 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
-        return (x - 1j * y) / 17
-    arm = np.array([-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j])
-    return {
-        "square": polygon([1] * 4, start=-pi / 4),
-        "triangle": polygon([1] * 3, start=-pi / 2),
-        "cross": np.concatenate([arm, arm * 1j, -arm, arm * -1j]),
-        "star": polygon([1, 0.4] * 5, start=-pi / 2),
-        "bar": np.array([-1 - 0.3j, 1 - 0.3j, 1 + 0.3j, -1 + 0.3j]),
-        "bow": np.array([-1 - 0.75j, 1 + 0.75j, 1 - 0.75j, -1 + 0.75j]),
-    }[name]
-
-
 def draw_shape(name: str, rng: Generator, size: int):
     """A picture (3, size, size), uint8: a bright shape with a random colour, place, size and turn,
     on a dark ground with a random colour."""
-    scale = 8 if size <= 32 else 4  # drawn so much larger, then averaged down: smooth edges
-    side = size * scale
-    radius = rng.uniform(0.30, 0.42) * side
-    centre = complex(*rng.uniform(radius, side - radius, size=2))
+    radius = rng.uniform(0.30, 0.42) * size
+    centre = complex(*rng.uniform(radius, size - radius, size=2))
     turn = np.exp(1j * rng.uniform(-pi / 6, pi / 6))
-    canvas = Image.new("L", (side, side))
-    pen = ImageDraw.Draw(canvas)
-
-    def disc(at: float, r: float, fill: int):
-        z = centre + radius * turn * at
-        r = radius * r
-        pen.ellipse([z.real - r, z.imag - r, z.real + r, z.imag + r], fill=fill)
-
-    if name in ("disc", "ring", "crescent"):
-        disc(0, 1, fill=255)
-        if name == "ring":
-            disc(0, 0.55, fill=0)
-        if name == "crescent":
-            disc(0.55, 0.8, fill=0)
-    else:
-        corners = centre + radius * turn * outline(name)
-        pen.polygon([(z.real, z.imag) for z in corners], fill=255)
-    inside = np.asarray(canvas.reduce(scale), dtype=np.float32) / 255       # (size, size), in 0 … 1
-
+    cover = draw_cover(name, centre, radius, size, turn)                    # (size, size), in 0 … 1
     ink = hsv_to_rgb(rng.uniform((0, 0.4, 0.75), (1, 1, 1)))
     ground = hsv_to_rgb(rng.uniform((0, 0.2, 0.05), (1, 1, 0.35)))
     ink, ground = rearrange([ink, ground], "two c -> two c 1 1")
-    return to_pixels(ground + (ink - ground) * inside)
+    return to_pixels(ground + (ink - ground) * cover)
 
 
 def shapes(count: int, size: int = 16, seed: int = 0) -> Dataset:
