@@ -79,48 +79,36 @@ def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
     return repeat(visible, "query key -> (query i) (key j)", i=tokens, j=tokens)
 
 
-def visible_keys(keys: torch.Tensor, i: int, tokens: int, history: str) -> torch.Tensor:
-    """What the mask does, by slicing. keys: those of at least the states 0 … i, (b, heads,
-    s·tokens, d). Returns the keys that state i may read. (Values are sliced in the same way.)"""
-    own = keys[:, :, i * tokens : (i + 1) * tokens]
-    if history == "none" or i == 0:
-        return own
-    if history == "window":
-        return keys[:, :, (i - 1) * tokens : (i + 1) * tokens]
-    if history == "anchor":
-        return torch.cat([keys[:, :, :tokens], own], dim=2)
-    return keys[:, :, : (i + 1) * tokens]  # causal
+def visible_keys(kv: torch.Tensor, i: int, n: int, history: str) -> torch.Tensor:
+    """What the mask does, by slicing. kv: keys, values, or both, of at least the states 0 … i, each
+    of n tokens, (…, s·n, d). Returns those that state i may read."""
+    first = {"none": i, "window": max(i - 1, 0)}.get(history, 0)  # the first state that is read
+    seen = kv[..., first * n : (i + 1) * n, :]
+    if history == "anchor" and i > 0:
+        return torch.cat([seen[..., :n, :], seen[..., -n:, :]], dim=-2)
+    return seen
 
 
 class KVCache:
     """What the network remembers of the states that it has read, when it samples one state at a
     time: their keys and values in the history layers. (The other layers never look back.)
 
-    `states`: how many states will be read in all. A cache serves one batch of trajectories.
-    `states_read`: how many have been read; DiT.forward counts them when a pass is over. The buffers
-    are written in place, so that a cache is for sampling, without gradients."""
+    `states_read`: how many have been read; DiT.forward counts them when a pass is over. A cache
+    serves one batch of trajectories."""
 
-    def __init__(self, states: int):
-        self.states = states
+    def __init__(self):
         self.states_read = 0
-        self.buffers = {}  # Attention -> its keys and values, (2, b, heads, states·tokens, d)
+        self.keys_values = {}  # Attention -> its keys and values, (2, b, heads, states_read·n, d)
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
         self.text = None  # of a text network: see Text
 
-    def append(self, layer, k, v, tokens: int):
-        """Store the keys and values (b, heads, s·tokens, d) of s new states; return those of all
-        states so far. Raises ValueError where there is no room for them."""
-        start = self.states_read * tokens
-        stop = start + k.shape[2]
-        if stop > self.states * tokens:
-            raise ValueError(f"a cache for {self.states} states cannot take another one")
-        if layer not in self.buffers:
-            b, heads, _, d = k.shape
-            self.buffers[layer] = k.new_empty(2, b, heads, self.states * tokens, d)
-        buffer = self.buffers[layer]
-        buffer[0, :, :, start:stop] = k
-        buffer[1, :, :, start:stop] = v
-        return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
+    def append(self, layer, kv):
+        """Store the keys and values (2, b, heads, s·n, d) of s new states; return those of all
+        states so far."""
+        if layer in self.keys_values:
+            kv = torch.cat([self.keys_values[layer], kv], dim=3)
+        self.keys_values[layer] = kv
+        return kv
 
 
 # ---- 2. A transformer layer ----------------------------------------------------------------------
@@ -143,16 +131,14 @@ class Attention(nn.Module):
             return self.proj(rearrange(x, "(b s) h n d -> b s n (h d)", b=b))
 
         qkv = rearrange(self.qkv(x), "b s n (three h d) -> three b h (s n) d", **split)
-        q, k, v = qkv
-        first = 0
+        q, kv, first = qkv[0], qkv[1:], 0
         if cache is not None:
             first = cache.states_read
-            k, v = cache.append(self, k, v, tokens=n)
+            kv = cache.append(self, kv)
         outputs = []  # one for each state; rearrange stacks them
         for i, query in enumerate(q.split(n, dim=2), start=first):          # (b, h, n, d)
-            seen_k = visible_keys(k, i, n, history)
-            seen_v = visible_keys(v, i, n, history)
-            outputs.append(F.scaled_dot_product_attention(query, seen_k, seen_v))
+            seen = visible_keys(kv, i, n, history)                          # (2, b, h, …, d)
+            outputs.append(F.scaled_dot_product_attention(query, *seen))
         return self.proj(rearrange(outputs, "s b h n d -> b s n (h d)"))
 
 

@@ -89,7 +89,7 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
     (b, S + 1, c, h, w). x_T: (b, c, h, w); y: (b,). `steps`: stop after so many of the S."""
     times = student_times(student).to(x_T.device)                           # (S + 1,)
     timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
-    states, cache = [x_T], KVCache(student.steps)
+    states, cache = [x_T], KVCache()
     for i in range(student.steps if steps is None else steps):  # the paper's s is S − i
         x = states[-1]                                                      # (b, c, h, w)
         # The network reads the last state only: the cache holds what it needs of those before.
