@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import nn
 
 import data
@@ -78,7 +78,7 @@ from files import (
 )
 from machine import Progress, Runtime, add_machine_flags, runtime_from, synchronise
 from metrics import coverage, frechet, moments
-from model import visible_keys
+from model import history_mask
 from pretrained import ASSETS, load_network
 from sample import few_step, next_state, predict_all, student_times
 from scenes import CATEGORIES, adherence, caption_list, caption_weights
@@ -92,7 +92,7 @@ ERROR_IMAGES = 256  # of each method, where only errors are measured
 HELD_OUT_IMAGES = 256  # of each method, of captions that name a held-out pair
 RESAMPLES = 20  # for `chance`
 EXPOSURE_SAMPLES = 128
-ATTENTION_SAMPLES = 16  # whose attention weights are computed as matrices, which takes memory
+ATTENTION_SAMPLES = 8  # whose attention weights are computed as matrices, which takes memory
 PICTURES = 12  # in a row of samples.png
 PATHS = 100  # in a panel of samples.png, for points
 
@@ -586,24 +586,19 @@ def exposure_bias(model, student: Student, trajectory, y) -> dict[str, list[floa
 def attention_shares(model, student: Student, states, y) -> list:
     """Where attention goes when a student reads the states (b, S, c, h, w): the mean over samples,
     heads and tokens, (N, S, S), for each history layer, state that reads and state that is read."""
-    S, layers = student.steps, []
+    layers = []
 
     def watch(module, inputs, output):
         """Compute the weights again, which scaled_dot_product_attention does not return."""
         x, history, _ = inputs
-        n = x.shape[2]
+        S, n = x.shape[1:3]
         qkv = module.qkv(x)                                                 # (b, S, n, 3·width)
         qkv = rearrange(qkv, "b s n (three h d) -> three b h (s n) d", three=3, h=module.heads)
         q, k, _ = qkv
-        state_of_key = repeat(torch.arange(S, device=x.device), "s -> 1 1 (s n)", n=n)
-        shares = torch.zeros(S, S, device=x.device)
-        for i, query in enumerate(q.split(n, dim=2)):
-            keys = visible_keys(k, i, n, history)
-            scores = query @ keys.mT / q.shape[-1] ** 0.5
-            weights = scores.float().softmax(dim=-1)                        # (b, h, n, keys)
-            weights = reduce(weights, "b h query key -> key", "mean")
-            read = visible_keys(state_of_key, i, n, history).flatten()
-            shares[i].index_add_(0, read, weights)
+        scores = q @ k.mT / q.shape[-1] ** 0.5                              # (b, h, S·n, S·n)
+        mask = history_mask(history, S, n).to(x.device)
+        weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1)
+        shares = n * reduce(weights, "b h (i n) (j m) -> i j", "mean", n=n, m=n)
         layers.append(shares.tolist())
 
     blocks = model.blocks[: model.config.history_layers]

@@ -67,7 +67,7 @@ from config import ModelConfig
 
 def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
     """The paper's mask as a matrix, (states·tokens, states·tokens): True where the token of a row
-    may read the token of a column. The network never builds it; tests compare against it."""
+    may read the token of a column. The network never builds it: see visible_keys."""
     query = torch.arange(states)[:, None]
     key = torch.arange(states)[None, :]
     visible = {
