@@ -80,7 +80,7 @@ from machine import Progress, Runtime, add_machine_flags, runtime_from, synchron
 from metrics import coverage, frechet, moments
 from model import history_mask
 from pretrained import ASSETS, load_network
-from sample import few_step, next_state, predict_all, student_times
+from sample import few_step, predict_all
 from scenes import CATEGORIES, adherence, caption_list, caption_weights
 from teacher import solve
 from text import prompt_length
@@ -107,17 +107,13 @@ def few_step_with_shuffled_history(model, student: Student, x_T, y):
     (b, S + 1, c, h, w). Raises ValueError for a single sample."""
     if len(x_T) < 2:
         raise ValueError("a single sample has no other sample's history to read")
-    times = student_times(student).to(x_T.device)                           # (S + 1,)
-    timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
-    states = [x_T]
-    for i in range(student.steps):
-        x = states[-1]
-        history = [state.roll(1, dims=0) for state in states[:-1]]
-        read = torch.stack([*history, x], dim=1)                            # (b, i + 1, c, h, w)
-        output = model(read, timesteps[: i + 1], y)[:, -1].float()
-        x = next_state(student, output, x, times[i], times[i + 1])
-        states.append(x)
-    return torch.stack(states, dim=1)
+    states = x_T[:, None]                                                   # (b, 1, c, h, w)
+    for _ in range(student.steps):
+        others = states[:, :-1].roll(1, dims=0)
+        read = torch.cat([others, states[:, -1:]], dim=1)
+        following = predict_all(model, student, read, y)[:, -1:]
+        states = torch.cat([states, following], dim=1)
+    return states
 
 
 @dataclass(frozen=True)

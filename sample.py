@@ -99,12 +99,13 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 
 def predict_all(model, student: Student, states, y):
-    """The student's next state for each of the S states that it reads, (b, S, c, h, w), x_T first:
-    all in one pass. This is how it is trained. Given the first S states that `few_step` has made,
-    it returns the last S (but for rounding)."""
-    times = student_times(student).to(states.device)
-    timesteps = torch.tensor(student.timesteps, device=states.device)
-    output = model(states, timesteps, y).float()                            # (b, S, c, h, w)
+    """The student's next state for each of the s ≤ S states that it reads, (b, s, c, h, w), x_T
+    first: all in one pass. This is how it is trained. Given the first S states that `few_step` has
+    made, it returns the last S (but for rounding)."""
+    s = states.shape[1]
+    times = student_times(student)[: s + 1].to(states.device)
+    timesteps = torch.tensor(student.timesteps[:s], device=states.device)
+    output = model(states, timesteps, y).float()                            # (b, s, c, h, w)
     return next_state(student, output, states, times[:-1], times[1:])
 
 
