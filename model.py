@@ -53,6 +53,7 @@ in which a transformer layer is a "block". To try it, with ModelConfig and parse
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -348,33 +349,20 @@ class DiT(nn.Module):
         return ["final_layer"] + [f"final_layer{i}" for i in range(2, count + 1)]
 
     def initialise(self):
-        """As DiT: Xavier for linear layers, and zeros for the adaLN modulation of every layer, for
-        the output, and for what cross-attention adds. So each layer starts as the identity, and a
-        fresh network outputs exactly zero."""
+        """As DiT: Xavier for linear layers, and zeros for all biases, for the adaLN modulation of
+        every layer, for the output, and for what cross-attention adds. So each layer starts as the
+        identity, and a fresh network outputs exactly zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))
-        nn.init.zeros_(self.x_embedder["proj"].bias)
         if not self.config.reads_text:
             nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-
-        output_layers = [getattr(self, name) for name in self.output_layer_names]
-        zeros = [layer.linear for layer in output_layers]
-        if self.config.reads_text:
-            zeros += [self.shared_modulation[1]]
-            zeros += [layer.cross_attn.proj for layer in self.blocks]
-        else:
-            zeros += [layer.adaLN_modulation[1] for layer in [*self.blocks, *output_layers]]
-        for layer in zeros:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if self.config.noise_shortcut:
-            nn.init.zeros_(self.noise_shortcut.weight)
+        for name, weight in self.named_parameters():
+            if re.search("bias|modulation|final_layer|cross_attn.proj|noise_shortcut", name):
+                nn.init.zeros_(weight)
 
     def forward(self, x, timesteps, y, cache: KVCache | None = None):
         """x: states, (b, s, c, h, w); timesteps: one for each state, (s,) or (b, s), on the scale
