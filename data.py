@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.random import Generator, Philox
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from config import DataConfig, Preset, StudentRecord, TeacherRecord, parse_size
+from figures import new_figure, save_figure
 from files import UserError, replace_file
 from machine import Progress
 from scenes import caption_list, caption_weights, draw_cover, draw_scenes
@@ -633,19 +634,21 @@ def image_grid(images, columns: int, side: int = 64, gap: int = 4) -> Image.Imag
     return Image.fromarray(to_uint8(sheet))
 
 
-def captioned_grid(rows: dict, side: int = 64) -> Image.Image:
-    """One picture of rows of images, {caption: (n, c, h, w)}, each under its caption."""
-    grids = {text: image_grid(images, len(images), side) for text, images in rows.items()}
-    line = 18  # pixels, for a caption
-    width = max(grid.width for grid in grids.values())
-    height = sum(grid.height + line for grid in grids.values())
-    page = Image.new("RGB", (max(width, 300), height), "white")
-    pen, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), 0
-    for text, grid in grids.items():
-        pen.text((4, top + 2), text, fill="black", font=font)
-        page.paste(grid, (0, top + line))
-        top += grid.height + line
-    return page
+def draw_images(rows: dict[str, torch.Tensor], file: Path, title: str = ""):
+    """A figure with rows of images, {label: (n, c, h, w)}, all of the same n."""
+    images = list(rows.values())
+    count = len(images[0])
+    sheet = image_grid(torch.cat(images), columns=count)
+    figure, axes = new_figure(3.2 + 0.7 * count, 0.5 + 0.7 * len(rows))
+    axis = axes[0, 0]
+    axis.imshow(sheet)
+    height = sheet.height / len(rows)
+    middles = [height * (i + 0.5) for i in range(len(rows))]
+    axis.set_yticks(middles, rows)
+    axis.tick_params(length=0)
+    axis.set(xticks=[], title=title)
+    axis.spines[:].set_visible(False)
+    save_figure(figure, file)
 
 
 def write_npz(file: Path, count: int, batches):

@@ -692,22 +692,6 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def draw_images(images: dict[str, torch.Tensor], file: Path):
-    """A row of images (b, c, h, w) for each label."""
-    rows = list(images.values())
-    sheet = data.image_grid(torch.cat(rows), columns=len(rows[0]))
-    figure, axes = new_figure(3.2 + 0.7 * len(rows[0]), 0.5 + 0.7 * len(rows))
-    axis = axes[0, 0]
-    axis.imshow(sheet)
-    height = sheet.height / len(rows)
-    middles = [height * (i + 0.5) for i in range(len(rows))]
-    axis.set_yticks(middles, images)
-    axis.tick_params(length=0)
-    axis.set(xticks=[], title="same noise and class in a column")
-    axis.spines[:].set_visible(False)
-    save_figure(figure, file)
-
-
 def draw_paths(paths: dict[str, torch.Tensor], y, real, file: Path):
     """Of points, a panel for each label: paths (b, s + 1, 2, 1, 1) from noise to image, coloured by
     class, before real points (M, 2, 1, 1) in grey. A red line leads from the end of a path to the
@@ -737,7 +721,8 @@ def draw_samples(methods: dict[str, Method], evaluator: Evaluator, file: Path):
         real = x_T[:0].cpu() if evaluator.real_images is None else evaluator.real_images[:1500]
         draw_paths(states, y, real, file)
     else:
-        draw_images({label: sample[:, -1] for label, sample in states.items()}, file)
+        images = {label: sample[:, -1] for label, sample in states.items()}
+        data.draw_images(images, file, title="same noise and class in a column")
 
 
 def draw_exposure(errors: dict[str, dict], file: Path):

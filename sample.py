@@ -55,6 +55,8 @@ from pretrained import ASSETS, load_network
 from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
 from text import LONGEST_CAPTION, Prompts
 
+SHEET = 100  # images in grid.png, or fewer
+
 # ---- 1. The student's steps ----------------------------------------------------------------------
 
 
@@ -271,8 +273,8 @@ class Sampler:
 
 
 def sample_all(sampler: Sampler, flags, sheet: list):
-    """Yields all images on rank 0, batch by batch, (b, h, w, c). The first hundred are also put
-    into `sheet`; with --png, each becomes a file."""
+    """Yields all images on rank 0, batch by batch, (b, h, w, c). The first ones, SHEET of them,
+    are also put into `sheet`; with --png, each becomes a file."""
     together = flags.batch * world_size()
     starts = range(0, flags.count, together)
     progress = Progress("sampling", starts, unit="images", size=together, amount=flags.count)
@@ -280,7 +282,7 @@ def sample_all(sampler: Sampler, flags, sheet: list):
         mine = range(flags.count)[start + rank() * flags.batch :][: flags.batch]
         made = [(mine, *sampler.images(mine))] if mine else []
         for indices, images, names in gather(made):
-            sheet.extend(images[: 100 - len(sheet)])
+            sheet.extend(images[: SHEET - len(sheet)])
             if flags.png:
                 write_png_files(flags.out / "images", indices, images, names)
             yield images
@@ -288,6 +290,8 @@ def sample_all(sampler: Sampler, flags, sheet: list):
 
 def main():
     flags = parse_flags()
+    if flags.prompt and len(flags.prompt) > min(flags.count, SHEET):
+        raise UserError(f"give no more prompts than --count, and no more than {SHEET}")
     out = output_folder(flags.out, "grid.png", "trajectory.png")
     if flags.png and any((out / "images").glob("*")):
         raise UserError(f"{out / 'images'} holds files: choose another --out, or remove them")
@@ -301,13 +305,14 @@ def main():
     if rank() > 0:
         return
     images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
-    if flags.prompt:
-        rows = {text: images[i :: len(flags.prompt)] for i, text in enumerate(flags.prompt)}
-        grid = data.captioned_grid(rows)
+    file, prompts = output_file(out / "grid.png"), flags.prompt or [""]
+    images = images[: len(images) // len(prompts) * len(prompts)]  # as many of each
+    if len(prompts) > 1:
+        rows = {text: images[i :: len(prompts)] for i, text in enumerate(prompts)}
+        data.draw_images(rows, file)
     else:
-        grid = data.image_grid(images, columns=math.ceil(math.sqrt(len(sheet))))
-    grid.save(output_file(out / "grid.png"))
-    print(f"wrote {out / 'grid.png'}: {len(sheet)} of {flags.count:,} images")
+        data.image_grid(images, columns=math.ceil(math.sqrt(len(images)))).save(file)
+    print(f"wrote {file}: {len(images)} of {flags.count:,} images")
     if flags.draw_trajectory:
         picture = sampler.draw_trajectory(min(8, flags.count))
         picture.save(output_file(out / "trajectory.png"))
