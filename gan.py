@@ -93,34 +93,6 @@ CURVES = ("distillation loss", "GAN loss", "λ", "discriminator's loss", "discri
 # ---- 1. The discriminator ------------------------------------------------------------------------
 
 
-class TeacherFeatures:
-    """The teacher, which is frozen here, as an extractor of features. This is no nn.Module, so that
-    the discriminator neither trains nor stores the teacher. `noise_level`: the time at which images
-    are read, as a fraction of the noise path's time."""
-
-    def __init__(self, teacher: DiT, ode: ODE, noise_level: float):
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.ode = ode
-        path = NOISE_PATHS[ode.noise_path]
-        time = noise_level * path.t_noise
-        self.time = round(time) if ode.noise_path == "ddpm" else time
-        self.timestep = path.timestep(self.time)
-
-    def __call__(self, images, noise, y):
-        """images and noise: (b, c, h, w); y: (b,). Returns the tokens after each layer, a list of
-        (b, n, width), and the condition c = time + label, (b, width)."""
-        teacher = self.teacher
-        x = add_noise(self.ode, images, noise, self.time)
-        timesteps = torch.full((len(x), 1), self.timestep, device=x.device)
-        tokens = teacher.embed(x[:, None])                                  # (b, 1, n, width)
-        c = teacher.condition(timesteps, y)                                 # (b, 1, width)
-        features = []
-        for i in range(teacher.config.depth):
-            tokens = teacher.run_layer(i, tokens, c)
-            features.append(tokens[:, 0])
-        return features, c[:, 0]
-
-
 def local_batch_norm(x):
     """Normalise each feature of tokens (b, n, d) over groups of 8 samples and all of their tokens.
     So a head compares the images of a group, and the size of the batch does not matter."""
@@ -152,19 +124,38 @@ class DiscriminatorHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """A head on each layer of the frozen teacher. `hidden`: the width of a head."""
+    """The frozen teacher with a head on each of its layers. Only the heads are trained and
+    stored."""
 
-    def __init__(self, extract_features: TeacherFeatures, hidden: int):
+    def __init__(self, teacher: DiT, ode: ODE, gan: GAN):
         super().__init__()
-        self.extract_features = extract_features
-        config = extract_features.teacher.config
-        heads = [DiscriminatorHead(config.width, hidden) for _ in range(config.depth)]
-        self.heads = nn.ModuleList(heads)
+        # In a list, so that the teacher is no part of this module.
+        self.frozen = [teacher.eval().requires_grad_(False)]
+        self.ode = ode
+        self.path = NOISE_PATHS[ode.noise_path]
+        self.time = gan.noise_level * self.path.t_noise  # of the images that it is shown
+        if ode.noise_path == "ddpm":
+            self.time = round(self.time)
+        width, depth = teacher.config.width, teacher.config.depth
+        self.heads = nn.ModuleList(DiscriminatorHead(width, gan.hidden) for _ in range(depth))
+
+    def features(self, images, noise, y):
+        """images and noise: (b, c, h, w); y: (b,). Returns the tokens after each layer of the
+        teacher, a list of (b, n, width), and the condition c = time + label, (b, width)."""
+        [teacher] = self.frozen
+        x = add_noise(self.ode, images, noise, self.time)
+        timesteps = torch.full((len(x), 1), self.path.timestep(self.time), device=x.device)
+        tokens = teacher.embed(x[:, None])                                  # (b, 1, n, width)
+        c = teacher.condition(timesteps, y)                                 # (b, 1, width)
+        features = []
+        for i in range(teacher.config.depth):
+            tokens = teacher.run_layer(i, tokens, c)
+            features.append(tokens[:, 0])
+        return features, c[:, 0]
 
     def forward(self, images, noise, y):
-        """images and noise: (b, c, h, w), with b a multiple of 8; y: (b,). Returns logits
-        (b, layers, n)."""
-        features, c = self.extract_features(images, noise, y)
+        """As `features`, with b a multiple of 8. Returns logits (b, layers, n)."""
+        features, c = self.features(images, noise, y)
         logits = [head(x, c) for head, x in zip(self.heads, features, strict=True)]
         return torch.stack(logits, dim=1)
 
@@ -251,8 +242,7 @@ class GANTrainer:
         student.pos_embed.requires_grad_(False)
         student.checkpointing = runtime.checkpointing
         torch.manual_seed(settings.seed)
-        features = TeacherFeatures(teacher, record.student.ode, gan.noise_level)
-        discriminator = Discriminator(features, gan.hidden).to(device)
+        discriminator = Discriminator(teacher, record.student.ode, gan).to(device)
 
         self.student, self.discriminator = student, discriminator
         self.ema = copy.deepcopy(student).eval().requires_grad_(False)
