@@ -101,7 +101,7 @@ class KVCache:
         self.states_read = 0
         self.keys_values = {}  # Attention -> its keys and values, (2, b, heads, states_read·n, d)
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
-        self.text = None  # of a text network: see Text
+        self.text = None  # see DiT.read_text
 
     def append(self, layer, kv):
         """Store the keys and values (2, b, heads, s·n, d) of s new states; return those of all
@@ -144,7 +144,9 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426)."""
+    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426). It is the same for all
+    states of a trajectory, so its keys and values are computed once for a sample, and kept in the
+    cache in sampling."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -164,22 +166,6 @@ class CrossAttention(nn.Module):
         mask = rearrange(is_word, "b l -> b 1 1 l")
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)      # (b, h, s·n, d)
         return self.proj(rearrange(read, "b h (s n) d -> b s n (h d)", s=x.shape[1]))
-
-
-class Text:
-    """The texts of a batch, as the layers read them: all states of a trajectory read the same one,
-    so its keys and values are computed once for a sample, and kept in the cache in sampling."""
-
-    def __init__(self, tokens, is_word):
-        self.tokens = tokens                                                # (b, l, width)
-        self.is_word = is_word                                              # (b, l)
-        self.keys_values = {}  # CrossAttention -> what it computes of the tokens
-
-    def read_by(self, layer: CrossAttention):
-        """What the forward pass of a layer's cross-attention needs besides x."""
-        if layer not in self.keys_values:
-            self.keys_values[layer] = layer.keys_values(self.tokens)
-        return self.keys_values[layer], self.is_word
 
 
 class MLP(nn.Module):
@@ -231,8 +217,8 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, history: str = "none", cache: KVCache | None = None, text=None):
-        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; text: what
-        Text.read_by returns."""
+        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; text: this
+        layer's part of what DiT.read_text returns."""
         modulation = self.adaLN_modulation(c)                               # once per state
         modulation = rearrange(modulation, "b s (six d) -> six b s 1 d", six=6)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -372,12 +358,12 @@ class DiT(nn.Module):
         With a `cache`, x holds only the states that have not been read yet."""
         tokens = self.embed(x, cache)                                       # (b, s, n, width)
         c = self.condition(timesteps, y)                                    # (b, s, width)
-        text, layer_c = None, c
+        text, layer_c = [None] * len(self.blocks), c
         if self.config.reads_text:
             text = self.read_text(y, cache)
             layer_c = self.shared_modulation(c)                             # (b, s, 6·width)
-        for i in range(len(self.blocks)):
-            tokens = self.run_layer(i, tokens, layer_c, cache, text)
+        for i, read in enumerate(text):
+            tokens = self.run_layer(i, tokens, layer_c, cache, read)
         out = self.output(tokens, c, cache)
         if cache is not None:
             cache.states_read += x.shape[1]
@@ -409,22 +395,22 @@ class DiT(nn.Module):
         label = self.y_embedder["embedding_table"](y)
         return time + rearrange(label, "b d -> b 1 d")
 
-    def read_text(self, y, cache: KVCache | None) -> Text:
-        """The prompts with the numbers y, (b,)."""
+    def read_text(self, y, cache: KVCache | None) -> list:
+        """The prompts with the numbers y, (b,), as each layer's cross-attention reads them: its
+        keys and values, and which tokens are words."""
         if cache is not None and cache.text is not None:
             return cache.text
         vectors = self.prompts[y]                                           # (b, l, text_width)
-        is_word = vectors.abs().sum(dim=-1) > 0
-        text = Text(self.text_embedder(vectors), is_word)
+        is_word = vectors.abs().sum(dim=-1) > 0                             # (b, l)
+        tokens = self.text_embedder(vectors)                                # (b, l, width)
+        text = [(layer.cross_attn.keys_values(tokens), is_word) for layer in self.blocks]
         if cache is not None:
             cache.text = text
         return text
 
-    def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text: Text | None = None):
-        """Layer i; history is visible in the first `history_layers` of them."""
-        keys_values = None
-        if text is not None:
-            keys_values = text.read_by(self.blocks[i].cross_attn)
+    def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text=None):
+        """Layer i; history is visible in the first `history_layers` of them. text: this layer's
+        part of what read_text returns."""
         history = self.config.history if i < self.config.history_layers else "none"
         use_compiled = self.compiled_blocks is not None and cache is None
         layer = self.compiled_blocks[i] if use_compiled else self.blocks[i]
@@ -435,11 +421,11 @@ class DiT(nn.Module):
                 c,
                 history,
                 cache,
-                keys_values,
+                text,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return layer(tokens, c, history, cache, keys_values)
+        return layer(tokens, c, history, cache, text)
 
     def output(self, tokens, c, cache: KVCache | None = None):
         """Tokens (b, s, n, width) to outputs of the shape of the states, (b, s, c, h, w)."""
