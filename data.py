@@ -400,14 +400,13 @@ def survey(root: Path, names) -> tuple[str, int, bool]:
     return smallest, sides.get(smallest, 0), is_grey
 
 
-def note_unread(root: Path, classes: list[str]):
+def note_unread(root: Path):
     """Say which files of a folder of images are not read, because their names are not those of
     images."""
     unread = []
-    for folder in (root, *(root / name for name in classes)):
-        if folder.is_dir():
-            files = (file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
-            unread += [file for file in files if file.suffix.lower() not in SUFFIXES]
+    for file in root.rglob("[!.]*"):
+        if file.is_file() and file.suffix.lower() not in SUFFIXES:
+            unread.append(file)
     if unread:
         print(f"note: {len(unread):,} files in {root} are not read, such as {min(unread)}")
 
@@ -426,7 +425,7 @@ def fit_to_images(preset: Preset, flags) -> Preset:
     if is_drawn or preset.data.channels not in (1, 3) or "vae" in (read_meta(source) or {}):
         return preset
     classes, files = list_images(Path(source))
-    note_unread(Path(source), classes)
+    note_unread(Path(source))
     smallest, side, is_grey = survey(Path(source), files)
     if flags.image_size is None and side < size:
         try:
