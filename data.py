@@ -254,13 +254,15 @@ def captioned_scenes(count: int, seed: int = 0) -> Dataset:
 
 # ---- 6. Points -----------------------------------------------------------------------------------
 
+ARMS = 3
 
-def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
+
+def points(count: int, seed: int = 0) -> Dataset:
     """`count` points on a spiral. Its arms are the classes. An image is (2, 1, 1): x and y."""
     rng = stream(seed, 0)
-    labels = rng.integers(arms, size=count)
+    labels = rng.integers(ARMS, size=count)
     distance = np.sqrt(rng.uniform(0.02, 1, size=count))  # the root spreads points along an arm
-    angle = 2 * pi * labels / arms + 1.25 * pi * distance
+    angle = 2 * pi * labels / ARMS + 1.25 * pi * distance
     x = 0.95 * distance * np.cos(angle)
     y = 0.95 * distance * np.sin(angle)
     xy = rearrange([x, y], "two n -> n two 1 1")
@@ -268,7 +270,7 @@ def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
     return Dataset(
         xy.astype(np.float32),
         labels,
-        classes=[f"arm {i}" for i in range(arms)],
+        classes=[f"arm {i}" for i in range(ARMS)],
     )
 
 
@@ -638,8 +640,7 @@ def draw_images(rows: dict[str, torch.Tensor], file: Path, title: str = ""):
     images = list(rows.values())
     count = len(images[0])
     sheet = image_grid(torch.cat(images), columns=count)
-    figure, axes = new_figure(3.2 + 0.7 * count, 0.5 + 0.7 * len(rows))
-    axis = axes[0, 0]
+    figure, [axis] = new_figure(3.2 + 0.7 * count, 0.5 + 0.7 * len(rows))
     axis.imshow(sheet)
     height = sheet.height / len(rows)
     middles = [height * (i + 0.5) for i in range(len(rows))]

@@ -698,7 +698,7 @@ def draw_paths(paths: dict[str, torch.Tensor], y, real, file: Path):
     end of the first label's path from the same noise."""
     figure, axes = new_figure(3.4 * len(paths), 3.8, columns=len(paths))
     goals = next(iter(paths.values()))[:, -1, :, 0, 0]
-    for axis, (label, states) in zip(axes[0], paths.items(), strict=True):
+    for axis, (label, states) in zip(axes, paths.items(), strict=True):
         axis.plot(*real[:, :, 0, 0].T, ".", color="0.85", markersize=2)
         for path, goal, k in zip(states[..., 0, 0], goals, y.tolist(), strict=True):
             axis.plot(*path.T, f"C{k}.-", linewidth=0.7, markersize=2, alpha=0.35)
@@ -744,7 +744,7 @@ def draw_exposure(errors: dict[str, dict], file: Path):
 def draw_attention(shares: dict[str, list], file: Path):
     """Which states the last step reads, layer by layer, for each student, {name: (N, S, S)}."""
     figure, axes = new_figure(4.4 * len(shares), 3.8, columns=len(shares))
-    for axis, (name, layers) in zip(axes[0], shares.items(), strict=True):
+    for axis, (name, layers) in zip(axes, shares.items(), strict=True):
         cells = 100 * np.array(layers)[:, -1]                               # (N, S)
         axis.imshow(
             cells,

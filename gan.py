@@ -104,13 +104,13 @@ class DiscriminatorHead(nn.Module):
     """The head on one layer, after StyleGAN-T (arXiv 2301.09515): a logit for each token, that is,
     for each patch of the image. The spectral norm bounds how steep the logits can become."""
 
-    def __init__(self, width: int, hidden: int, projected: int = 64):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
         self.input = spectral_norm(nn.Linear(width, hidden))
         convolution = nn.Conv1d(hidden, hidden, 9, padding=4, padding_mode="circular")
         self.convolution = spectral_norm(convolution)
-        self.output = spectral_norm(nn.Linear(hidden, projected))
-        self.condition = nn.Linear(width, projected)
+        self.output = spectral_norm(nn.Linear(hidden, 64))
+        self.condition = nn.Linear(width, 64)
 
     def forward(self, x, c):
         """x: features, (b, n, width); c: (b, width). Returns logits (b, n)."""
@@ -119,7 +119,7 @@ class DiscriminatorHead(nn.Module):
         mixed = local_batch_norm(rearrange(mixed, "b d n -> b n d"))
         x = (x + F.leaky_relu(mixed, 0.2)) / 2**0.5
         # The logit is a scalar product with the condition: how real is this patch, for this label?
-        product = self.output(x) * self.condition(c)[:, None]               # (b, n, projected)
+        product = self.output(x) * self.condition(c)[:, None]               # (b, n, 64)
         return product.float().sum(dim=-1) / product.shape[-1] ** 0.5
 
 
@@ -473,7 +473,7 @@ def draw_losses(losses: list[tuple], file: Path):
     """Write a picture of what train_gan returns: a panel for each of CURVES."""
     iterations, *curves = zip(*losses, strict=True)
     figure, axes = new_figure(16, 2.8, columns=len(CURVES))
-    for axis, curve, title in zip(axes[0], curves, CURVES, strict=True):
+    for axis, curve, title in zip(axes, curves, CURVES, strict=True):
         axis.plot(iterations, curve)
         axis.set(title=title, xlabel="iteration")
     save_figure(figure, file)

@@ -254,15 +254,13 @@ class FinalLayer(nn.Module):
 class TimestepEmbedder(nn.Module):
     """A timestep, 0 … 1000, as 256 sinusoids (cosines first), then a small MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps):
-        half = self.frequencies // 2
-        index = torch.arange(half, device=timesteps.device)
-        omega = torch.exp(-math.log(10000) * index / half)
+        index = torch.arange(128, device=timesteps.device)
+        omega = torch.exp(-math.log(10000) * index / 128)
         angles = timesteps[..., None].float() * omega
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))    # (…, width)
 

@@ -154,11 +154,6 @@ class Caption:
         return any(thing in HELD_OUT for thing in self.things)
 
 
-def parse_caption(text: str) -> Caption | None:
-    """The Caption that has this text, or None where no caption has."""
-    return all_captions().get(text)
-
-
 @lru_cache(maxsize=1)
 def all_captions() -> dict[str, Caption]:
     """Every caption, by its text."""
