@@ -196,12 +196,6 @@ class StudentSettings:
     timesteps: tuple[float, ...] | None = None  # default: those of the states' own times
     extra_layers: int = 0  # that the teacher does not have: a control for the history's cost
 
-    @property
-    def reads_history(self) -> bool:
-        """As ModelConfig.reads_history."""
-        looks_back = self.history != "none" and self.history_layers > 0
-        return looks_back or self.noise_shortcut
-
 
 @dataclass(frozen=True)
 class GAN:

@@ -34,12 +34,13 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from numpy.random import Generator, Philox
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 from config import DataConfig, Preset, StudentRecord, TeacherRecord, parse_size
+from figures import new_figure, save_figure
 from files import UserError, replace_file
 from machine import Progress
-from scenes import caption_list, caption_weights, draw_scenes
+from scenes import caption_list, caption_weights, draw_cover, draw_scenes
 from shards import Shards, read_meta
 from text import scene_prompts
 
@@ -213,62 +214,17 @@ def textures(count: int, size: int = 16, seed: int = 0) -> Dataset:
 SHAPES = ("disc", "ring", "square", "triangle", "cross", "star", "crescent", "heart", "bar", "bow")
 
 
-def polygon(radii: list[float], start: float):
-    """Corners at these distances from the centre, at equal angles, as complex numbers."""
-    angles = start + 2 * pi * np.arange(len(radii)) / len(radii)
-    return radii * np.exp(1j * angles)
-
-
-def outline(name: str):
-    """The corners of a shape that is a polygon, as x + i·y. They lie in the unit circle, or nearly
-    so."""
-    if name == "heart":  # a well-known curve
-        u = np.linspace(0, 2 * pi, 60, endpoint=False)
-        x = 16 * np.sin(u) ** 3
-        y = 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
-        return (x - 1j * y) / 17
-    arm = np.array([-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j])
-    return {
-        "square": polygon([1] * 4, start=-pi / 4),
-        "triangle": polygon([1] * 3, start=-pi / 2),
-        "cross": np.concatenate([arm, arm * 1j, -arm, arm * -1j]),
-        "star": polygon([1, 0.4] * 5, start=-pi / 2),
-        "bar": np.array([-1 - 0.3j, 1 - 0.3j, 1 + 0.3j, -1 + 0.3j]),
-        "bow": np.array([-1 - 0.75j, 1 + 0.75j, 1 - 0.75j, -1 + 0.75j]),
-    }[name]
-
-
 def draw_shape(name: str, rng: Generator, size: int):
     """A picture (3, size, size), uint8: a bright shape with a random colour, place, size and turn,
     on a dark ground with a random colour."""
-    scale = 8 if size <= 32 else 4  # drawn so much larger, then averaged down: smooth edges
-    side = size * scale
-    radius = rng.uniform(0.30, 0.42) * side
-    centre = complex(*rng.uniform(radius, side - radius, size=2))
+    radius = rng.uniform(0.30, 0.42) * size
+    centre = complex(*rng.uniform(radius, size - radius, size=2))
     turn = np.exp(1j * rng.uniform(-pi / 6, pi / 6))
-    canvas = Image.new("L", (side, side))
-    pen = ImageDraw.Draw(canvas)
-
-    def disc(at: float, r: float, fill: int):
-        z = centre + radius * turn * at
-        r = radius * r
-        pen.ellipse([z.real - r, z.imag - r, z.real + r, z.imag + r], fill=fill)
-
-    if name in ("disc", "ring", "crescent"):
-        disc(0, 1, fill=255)
-        if name == "ring":
-            disc(0, 0.55, fill=0)
-        if name == "crescent":
-            disc(0.55, 0.8, fill=0)
-    else:
-        corners = centre + radius * turn * outline(name)
-        pen.polygon([(z.real, z.imag) for z in corners], fill=255)
-    inside = np.asarray(canvas.reduce(scale), dtype=np.float32) / 255       # (size, size), in 0 … 1
-
+    cover = draw_cover(name, centre, radius, size, turn)                    # (size, size), in 0 … 1
     ink = hsv_to_rgb(rng.uniform((0, 0.4, 0.75), (1, 1, 1)))
     ground = hsv_to_rgb(rng.uniform((0, 0.2, 0.05), (1, 1, 0.35)))
     ink, ground = rearrange([ink, ground], "two c -> two c 1 1")
-    return to_pixels(ground + (ink - ground) * inside)
+    return to_pixels(ground + (ink - ground) * cover)
 
 
 def shapes(count: int, size: int = 16, seed: int = 0) -> Dataset:
@@ -298,13 +254,15 @@ def captioned_scenes(count: int, seed: int = 0) -> Dataset:
 
 # ---- 6. Points -----------------------------------------------------------------------------------
 
+ARMS = 3
 
-def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
+
+def points(count: int, seed: int = 0) -> Dataset:
     """`count` points on a spiral. Its arms are the classes. An image is (2, 1, 1): x and y."""
     rng = stream(seed, 0)
-    labels = rng.integers(arms, size=count)
+    labels = rng.integers(ARMS, size=count)
     distance = np.sqrt(rng.uniform(0.02, 1, size=count))  # the root spreads points along an arm
-    angle = 2 * pi * labels / arms + 1.25 * pi * distance
+    angle = 2 * pi * labels / ARMS + 1.25 * pi * distance
     x = 0.95 * distance * np.cos(angle)
     y = 0.95 * distance * np.sin(angle)
     xy = rearrange([x, y], "two n -> n two 1 1")
@@ -312,7 +270,7 @@ def points(count: int, seed: int = 0, arms: int = 3) -> Dataset:
     return Dataset(
         xy.astype(np.float32),
         labels,
-        classes=[f"arm {i}" for i in range(arms)],
+        classes=[f"arm {i}" for i in range(ARMS)],
     )
 
 
@@ -444,14 +402,13 @@ def survey(root: Path, names) -> tuple[str, int, bool]:
     return smallest, sides.get(smallest, 0), is_grey
 
 
-def note_unread(root: Path, classes: list[str]):
+def note_unread(root: Path):
     """Say which files of a folder of images are not read, because their names are not those of
     images."""
     unread = []
-    for folder in (root, *(root / name for name in classes)):
-        if folder.is_dir():
-            files = (file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
-            unread += [file for file in files if file.suffix.lower() not in SUFFIXES]
+    for file in root.rglob("[!.]*"):
+        if file.is_file() and file.suffix.lower() not in SUFFIXES:
+            unread.append(file)
     if unread:
         print(f"note: {len(unread):,} files in {root} are not read, such as {min(unread)}")
 
@@ -470,7 +427,7 @@ def fit_to_images(preset: Preset, flags) -> Preset:
     if is_drawn or preset.data.channels not in (1, 3) or "vae" in (read_meta(source) or {}):
         return preset
     classes, files = list_images(Path(source))
-    note_unread(Path(source), classes)
+    note_unread(Path(source))
     smallest, side, is_grey = survey(Path(source), files)
     if flags.image_size is None and side < size:
         try:
@@ -678,19 +635,20 @@ def image_grid(images, columns: int, side: int = 64, gap: int = 4) -> Image.Imag
     return Image.fromarray(to_uint8(sheet))
 
 
-def captioned_grid(rows: dict, side: int = 64) -> Image.Image:
-    """One picture of rows of images, {caption: (n, c, h, w)}, each under its caption."""
-    grids = {text: image_grid(images, len(images), side) for text, images in rows.items()}
-    line = 18  # pixels, for a caption
-    width = max(grid.width for grid in grids.values())
-    height = sum(grid.height + line for grid in grids.values())
-    page = Image.new("RGB", (max(width, 300), height), "white")
-    pen, font, top = ImageDraw.Draw(page), ImageFont.load_default(13), 0
-    for text, grid in grids.items():
-        pen.text((4, top + 2), text, fill="black", font=font)
-        page.paste(grid, (0, top + line))
-        top += grid.height + line
-    return page
+def draw_images(rows: dict[str, torch.Tensor], file: Path, title: str = ""):
+    """A figure with rows of images, {label: (n, c, h, w)}, all of the same n."""
+    images = list(rows.values())
+    count = len(images[0])
+    sheet = image_grid(torch.cat(images), columns=count)
+    figure, [axis] = new_figure(3.2 + 0.7 * count, 0.5 + 0.7 * len(rows))
+    axis.imshow(sheet)
+    height = sheet.height / len(rows)
+    middles = [height * (i + 0.5) for i in range(len(rows))]
+    axis.set_yticks(middles, rows)
+    axis.tick_params(length=0)
+    axis.set(xticks=[], title=title)
+    axis.spines[:].set_visible(False)
+    save_figure(figure, file)
 
 
 def write_npz(file: Path, count: int, batches):

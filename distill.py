@@ -308,16 +308,14 @@ def main():
         flags.folder or home / "trajectories",
         runtime,
     )
-    name = "ARD" if settings.reads_history else "step distillation"
-    students = {name: (out / "student.pt", settings)}
-    if settings.reads_history and not flags.no_control:
-        without = replace(settings, history_layers=0, noise_shortcut=False)
-        students["step distillation"] = (out / "no-history.pt", without)
     trained, losses = {}, {}
-    for name, (file, chosen) in students.items():
-        model, record = make_student(teacher, teacher_record, chosen, trajectories, training)
-        ema, losses[name] = distill(model, record, trajectories, file, runtime)
-        trained[name] = (ema, record)
+    for file in ["student.pt"] if flags.no_control else ["student.pt", "no-history.pt"]:
+        model, record = make_student(teacher, teacher_record, settings, trajectories, training)
+        name = "ARD" if record.model.reads_history else "step distillation"
+        if name not in trained:  # step distillation needs no control
+            ema, losses[name] = distill(model, record, trajectories, out / file, runtime)
+            trained[name] = (ema, record)
+        settings = replace(settings, history_layers=0, noise_shortcut=False)
     if rank() > 0:
         return
     if flags.export:

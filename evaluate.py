@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange, reduce
 from torch import nn
 
 import data
@@ -78,9 +78,9 @@ from files import (
 )
 from machine import Progress, Runtime, add_machine_flags, runtime_from, synchronise
 from metrics import coverage, frechet, moments
-from model import visible_keys
+from model import history_mask
 from pretrained import ASSETS, load_network
-from sample import few_step, next_state, predict_all, student_times
+from sample import few_step, predict_all
 from scenes import CATEGORIES, adherence, caption_list, caption_weights
 from teacher import solve
 from text import prompt_length
@@ -92,7 +92,7 @@ ERROR_IMAGES = 256  # of each method, where only errors are measured
 HELD_OUT_IMAGES = 256  # of each method, of captions that name a held-out pair
 RESAMPLES = 20  # for `chance`
 EXPOSURE_SAMPLES = 128
-ATTENTION_SAMPLES = 16  # whose attention weights are computed as matrices, which takes memory
+ATTENTION_SAMPLES = 8  # whose attention weights are computed as matrices, which takes memory
 PICTURES = 12  # in a row of samples.png
 PATHS = 100  # in a panel of samples.png, for points
 
@@ -107,17 +107,13 @@ def few_step_with_shuffled_history(model, student: Student, x_T, y):
     (b, S + 1, c, h, w). Raises ValueError for a single sample."""
     if len(x_T) < 2:
         raise ValueError("a single sample has no other sample's history to read")
-    times = student_times(student).to(x_T.device)                           # (S + 1,)
-    timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
-    states = [x_T]
-    for i in range(student.steps):
-        x = states[-1]
-        history = [state.roll(1, dims=0) for state in states[:-1]]
-        read = torch.stack([*history, x], dim=1)                            # (b, i + 1, c, h, w)
-        output = model(read, timesteps[: i + 1], y)[:, -1].float()
-        x = next_state(student, output, x, times[i], times[i + 1])
-        states.append(x)
-    return torch.stack(states, dim=1)
+    states = x_T[:, None]                                                   # (b, 1, c, h, w)
+    for _ in range(student.steps):
+        others = states[:, :-1].roll(1, dims=0)
+        read = torch.cat([others, states[:, -1:]], dim=1)
+        following = predict_all(model, student, read, y)[:, -1:]
+        states = torch.cat([states, following], dim=1)
+    return states
 
 
 @dataclass(frozen=True)
@@ -587,24 +583,19 @@ def exposure_bias(model, student: Student, trajectory, y) -> dict[str, list[floa
 def attention_shares(model, student: Student, states, y) -> list:
     """Where attention goes when a student reads the states (b, S, c, h, w): the mean over samples,
     heads and tokens, (N, S, S), for each history layer, state that reads and state that is read."""
-    S, layers = student.steps, []
+    layers = []
 
     def watch(module, inputs, output):
         """Compute the weights again, which scaled_dot_product_attention does not return."""
         x, history, _ = inputs
-        n = x.shape[2]
+        S, n = x.shape[1:3]
         qkv = module.qkv(x)                                                 # (b, S, n, 3·width)
         qkv = rearrange(qkv, "b s n (three h d) -> three b h (s n) d", three=3, h=module.heads)
         q, k, _ = qkv
-        state_of_key = repeat(torch.arange(S, device=x.device), "s -> 1 1 (s n)", n=n)
-        shares = torch.zeros(S, S, device=x.device)
-        for i, query in enumerate(q.split(n, dim=2)):
-            keys = visible_keys(k, i, n, history)
-            scores = query @ keys.mT / q.shape[-1] ** 0.5
-            weights = scores.float().softmax(dim=-1)                        # (b, h, n, keys)
-            weights = reduce(weights, "b h query key -> key", "mean")
-            read = visible_keys(state_of_key, i, n, history).flatten()
-            shares[i].index_add_(0, read, weights)
+        scores = q @ k.mT / q.shape[-1] ** 0.5                              # (b, h, S·n, S·n)
+        mask = history_mask(history, S, n).to(x.device)
+        weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1)
+        shares = n * reduce(weights, "b h (i n) (j m) -> i j", "mean", n=n, m=n)
         layers.append(shares.tolist())
 
     blocks = model.blocks[: model.config.history_layers]
@@ -702,29 +693,13 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def draw_images(images: dict[str, torch.Tensor], file: Path):
-    """A row of images (b, c, h, w) for each label."""
-    rows = list(images.values())
-    sheet = data.image_grid(torch.cat(rows), columns=len(rows[0]))
-    figure, axes = new_figure(3.2 + 0.7 * len(rows[0]), 0.5 + 0.7 * len(rows))
-    axis = axes[0, 0]
-    axis.imshow(sheet)
-    height = sheet.height / len(rows)
-    middles = [height * (i + 0.5) for i in range(len(rows))]
-    axis.set_yticks(middles, images)
-    axis.tick_params(length=0)
-    axis.set(xticks=[], title="same noise and class in a column")
-    axis.spines[:].set_visible(False)
-    save_figure(figure, file)
-
-
 def draw_paths(paths: dict[str, torch.Tensor], y, real, file: Path):
     """Of points, a panel for each label: paths (b, s + 1, 2, 1, 1) from noise to image, coloured by
     class, before real points (M, 2, 1, 1) in grey. A red line leads from the end of a path to the
     end of the first label's path from the same noise."""
     figure, axes = new_figure(3.4 * len(paths), 3.8, columns=len(paths))
     goals = next(iter(paths.values()))[:, -1, :, 0, 0]
-    for axis, (label, states) in zip(axes[0], paths.items(), strict=True):
+    for axis, (label, states) in zip(axes, paths.items(), strict=True):
         axis.plot(*real[:, :, 0, 0].T, ".", color="0.85", markersize=2)
         for path, goal, k in zip(states[..., 0, 0], goals, y.tolist(), strict=True):
             axis.plot(*path.T, f"C{k}.-", linewidth=0.7, markersize=2, alpha=0.35)
@@ -747,7 +722,8 @@ def draw_samples(methods: dict[str, Method], evaluator: Evaluator, file: Path):
         real = x_T[:0].cpu() if evaluator.real_images is None else evaluator.real_images[:1500]
         draw_paths(states, y, real, file)
     else:
-        draw_images({label: sample[:, -1] for label, sample in states.items()}, file)
+        images = {label: sample[:, -1] for label, sample in states.items()}
+        data.draw_images(images, file, title="same noise and class in a column")
 
 
 def draw_exposure(errors: dict[str, dict], file: Path):
@@ -769,7 +745,7 @@ def draw_exposure(errors: dict[str, dict], file: Path):
 def draw_attention(shares: dict[str, list], file: Path):
     """Which states the last step reads, layer by layer, for each student, {name: (N, S, S)}."""
     figure, axes = new_figure(4.4 * len(shares), 3.8, columns=len(shares))
-    for axis, (name, layers) in zip(axes[0], shares.items(), strict=True):
+    for axis, (name, layers) in zip(axes, shares.items(), strict=True):
         cells = 100 * np.array(layers)[:, -1]                               # (N, S)
         axis.imshow(
             cells,

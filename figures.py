@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 from files import output_file
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
-    """A figure of that many inches, and its panels, an array (rows, columns)."""
+def new_figure(width: float, height: float, columns: int = 1):
+    """A figure of that many inches, and its panels, side by side."""
     figure = Figure((width, height), layout="tight")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def save_figure(figure: Figure, file: Path):
@@ -19,8 +19,7 @@ def save_figure(figure: Figure, file: Path):
 
 def draw_curves(curves: list[tuple], file: Path, **words):
     """Curves (x, y, format, label), y on a logarithmic axis. `words`: title, xlabel and ylabel."""
-    figure, axes = new_figure(6.5, 4.2)
-    axis = axes[0, 0]
+    figure, [axis] = new_figure(6.5, 4.2)
     for x, y, style, label in curves:
         axis.plot(x, y, style, label=label)
     axis.set(yscale="log", **words)

@@ -93,34 +93,6 @@ CURVES = ("distillation loss", "GAN loss", "λ", "discriminator's loss", "discri
 # ---- 1. The discriminator ------------------------------------------------------------------------
 
 
-class TeacherFeatures:
-    """The teacher, which is frozen here, as an extractor of features. This is no nn.Module, so that
-    the discriminator neither trains nor stores the teacher. `noise_level`: the time at which images
-    are read, as a fraction of the noise path's time."""
-
-    def __init__(self, teacher: DiT, ode: ODE, noise_level: float):
-        self.teacher = teacher.eval().requires_grad_(False)
-        self.ode = ode
-        path = NOISE_PATHS[ode.noise_path]
-        time = noise_level * path.t_noise
-        self.time = round(time) if ode.noise_path == "ddpm" else time
-        self.timestep = path.timestep(self.time)
-
-    def __call__(self, images, noise, y):
-        """images and noise: (b, c, h, w); y: (b,). Returns the tokens after each layer, a list of
-        (b, n, width), and the condition c = time + label, (b, width)."""
-        teacher = self.teacher
-        x = add_noise(self.ode, images, noise, self.time)
-        timesteps = torch.full((len(x), 1), self.timestep, device=x.device)
-        tokens = teacher.embed(x[:, None])                                  # (b, 1, n, width)
-        c = teacher.condition(timesteps, y)                                 # (b, 1, width)
-        features = []
-        for i in range(teacher.config.depth):
-            tokens = teacher.run_layer(i, tokens, c)
-            features.append(tokens[:, 0])
-        return features, c[:, 0]
-
-
 def local_batch_norm(x):
     """Normalise each feature of tokens (b, n, d) over groups of 8 samples and all of their tokens.
     So a head compares the images of a group, and the size of the batch does not matter."""
@@ -132,13 +104,13 @@ class DiscriminatorHead(nn.Module):
     """The head on one layer, after StyleGAN-T (arXiv 2301.09515): a logit for each token, that is,
     for each patch of the image. The spectral norm bounds how steep the logits can become."""
 
-    def __init__(self, width: int, hidden: int, projected: int = 64):
+    def __init__(self, width: int, hidden: int):
         super().__init__()
         self.input = spectral_norm(nn.Linear(width, hidden))
         convolution = nn.Conv1d(hidden, hidden, 9, padding=4, padding_mode="circular")
         self.convolution = spectral_norm(convolution)
-        self.output = spectral_norm(nn.Linear(hidden, projected))
-        self.condition = nn.Linear(width, projected)
+        self.output = spectral_norm(nn.Linear(hidden, 64))
+        self.condition = nn.Linear(width, 64)
 
     def forward(self, x, c):
         """x: features, (b, n, width); c: (b, width). Returns logits (b, n)."""
@@ -147,24 +119,43 @@ class DiscriminatorHead(nn.Module):
         mixed = local_batch_norm(rearrange(mixed, "b d n -> b n d"))
         x = (x + F.leaky_relu(mixed, 0.2)) / 2**0.5
         # The logit is a scalar product with the condition: how real is this patch, for this label?
-        product = self.output(x) * self.condition(c)[:, None]               # (b, n, projected)
+        product = self.output(x) * self.condition(c)[:, None]               # (b, n, 64)
         return product.float().sum(dim=-1) / product.shape[-1] ** 0.5
 
 
 class Discriminator(nn.Module):
-    """A head on each layer of the frozen teacher. `hidden`: the width of a head."""
+    """The frozen teacher with a head on each of its layers. Only the heads are trained and
+    stored."""
 
-    def __init__(self, extract_features: TeacherFeatures, hidden: int):
+    def __init__(self, teacher: DiT, ode: ODE, gan: GAN):
         super().__init__()
-        self.extract_features = extract_features
-        config = extract_features.teacher.config
-        heads = [DiscriminatorHead(config.width, hidden) for _ in range(config.depth)]
-        self.heads = nn.ModuleList(heads)
+        # In a list, so that the teacher is no part of this module.
+        self.frozen = [teacher.eval().requires_grad_(False)]
+        self.ode = ode
+        self.path = NOISE_PATHS[ode.noise_path]
+        self.time = gan.noise_level * self.path.t_noise  # of the images that it is shown
+        if ode.noise_path == "ddpm":
+            self.time = round(self.time)
+        width, depth = teacher.config.width, teacher.config.depth
+        self.heads = nn.ModuleList(DiscriminatorHead(width, gan.hidden) for _ in range(depth))
+
+    def features(self, images, noise, y):
+        """images and noise: (b, c, h, w); y: (b,). Returns the tokens after each layer of the
+        teacher, a list of (b, n, width), and the condition c = time + label, (b, width)."""
+        [teacher] = self.frozen
+        x = add_noise(self.ode, images, noise, self.time)
+        timesteps = torch.full((len(x), 1), self.path.timestep(self.time), device=x.device)
+        tokens = teacher.embed(x[:, None])                                  # (b, 1, n, width)
+        c = teacher.condition(timesteps, y)                                 # (b, 1, width)
+        features = []
+        for i in range(teacher.config.depth):
+            tokens = teacher.run_layer(i, tokens, c)
+            features.append(tokens[:, 0])
+        return features, c[:, 0]
 
     def forward(self, images, noise, y):
-        """images and noise: (b, c, h, w), with b a multiple of 8; y: (b,). Returns logits
-        (b, layers, n)."""
-        features, c = self.extract_features(images, noise, y)
+        """As `features`, with b a multiple of 8. Returns logits (b, layers, n)."""
+        features, c = self.features(images, noise, y)
         logits = [head(x, c) for head, x in zip(self.heads, features, strict=True)]
         return torch.stack(logits, dim=1)
 
@@ -251,8 +242,7 @@ class GANTrainer:
         student.pos_embed.requires_grad_(False)
         student.checkpointing = runtime.checkpointing
         torch.manual_seed(settings.seed)
-        features = TeacherFeatures(teacher, record.student.ode, gan.noise_level)
-        discriminator = Discriminator(features, gan.hidden).to(device)
+        discriminator = Discriminator(teacher, record.student.ode, gan).to(device)
 
         self.student, self.discriminator = student, discriminator
         self.ema = copy.deepcopy(student).eval().requires_grad_(False)
@@ -483,7 +473,7 @@ def draw_losses(losses: list[tuple], file: Path):
     """Write a picture of what train_gan returns: a panel for each of CURVES."""
     iterations, *curves = zip(*losses, strict=True)
     figure, axes = new_figure(16, 2.8, columns=len(CURVES))
-    for axis, curve, title in zip(axes[0], curves, CURVES, strict=True):
+    for axis, curve, title in zip(axes, curves, CURVES, strict=True):
         axis.plot(iterations, curve)
         axis.set(title=title, xlabel="iteration")
     save_figure(figure, file)

@@ -160,7 +160,7 @@ def write_latents(
     Raises UserError where `out` holds something else and, in the end, where images could not be
     read: then the shards that they belong to are missing."""
     classes, files = list_once(root, out)
-    note_unread(root, classes)
+    note_unread(root)
     meta = make_meta(vae, root, image_size, flip, classes, len(files))
     dtype, shards = latent_dtype(meta["shape"]), meta["shards"]
     missing = start_shards(out, meta, dtype, shards, worker)

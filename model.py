@@ -53,6 +53,7 @@ in which a transformer layer is a "block". To try it, with ModelConfig and parse
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ from config import ModelConfig
 
 def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
     """The paper's mask as a matrix, (states·tokens, states·tokens): True where the token of a row
-    may read the token of a column. The network never builds it; tests compare against it."""
+    may read the token of a column. The network never builds it: see visible_keys."""
     query = torch.arange(states)[:, None]
     key = torch.arange(states)[None, :]
     visible = {
@@ -79,48 +80,36 @@ def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
     return repeat(visible, "query key -> (query i) (key j)", i=tokens, j=tokens)
 
 
-def visible_keys(keys: torch.Tensor, i: int, tokens: int, history: str) -> torch.Tensor:
-    """What the mask does, by slicing. keys: those of at least the states 0 … i, (b, heads,
-    s·tokens, d). Returns the keys that state i may read. (Values are sliced in the same way.)"""
-    own = keys[:, :, i * tokens : (i + 1) * tokens]
-    if history == "none" or i == 0:
-        return own
-    if history == "window":
-        return keys[:, :, (i - 1) * tokens : (i + 1) * tokens]
-    if history == "anchor":
-        return torch.cat([keys[:, :, :tokens], own], dim=2)
-    return keys[:, :, : (i + 1) * tokens]  # causal
+def visible_keys(kv: torch.Tensor, i: int, n: int, history: str) -> torch.Tensor:
+    """What the mask does, by slicing. kv: keys, values, or both, of at least the states 0 … i, each
+    of n tokens, (…, s·n, d). Returns those that state i may read."""
+    first = {"none": i, "window": max(i - 1, 0)}.get(history, 0)  # the first state that is read
+    seen = kv[..., first * n : (i + 1) * n, :]
+    if history == "anchor" and i > 0:
+        return torch.cat([seen[..., :n, :], seen[..., -n:, :]], dim=-2)
+    return seen
 
 
 class KVCache:
     """What the network remembers of the states that it has read, when it samples one state at a
     time: their keys and values in the history layers. (The other layers never look back.)
 
-    `states`: how many states will be read in all. A cache serves one batch of trajectories.
-    `states_read`: how many have been read; DiT.forward counts them when a pass is over. The buffers
-    are written in place, so that a cache is for sampling, without gradients."""
+    `states_read`: how many have been read; DiT.forward counts them when a pass is over. A cache
+    serves one batch of trajectories."""
 
-    def __init__(self, states: int):
-        self.states = states
+    def __init__(self):
         self.states_read = 0
-        self.buffers = {}  # Attention -> its keys and values, (2, b, heads, states·tokens, d)
+        self.keys_values = {}  # Attention -> its keys and values, (2, b, heads, states_read·n, d)
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
-        self.text = None  # of a text network: see Text
+        self.text = None  # see DiT.read_text
 
-    def append(self, layer, k, v, tokens: int):
-        """Store the keys and values (b, heads, s·tokens, d) of s new states; return those of all
-        states so far. Raises ValueError where there is no room for them."""
-        start = self.states_read * tokens
-        stop = start + k.shape[2]
-        if stop > self.states * tokens:
-            raise ValueError(f"a cache for {self.states} states cannot take another one")
-        if layer not in self.buffers:
-            b, heads, _, d = k.shape
-            self.buffers[layer] = k.new_empty(2, b, heads, self.states * tokens, d)
-        buffer = self.buffers[layer]
-        buffer[0, :, :, start:stop] = k
-        buffer[1, :, :, start:stop] = v
-        return buffer[0, :, :, :stop], buffer[1, :, :, :stop]
+    def append(self, layer, kv):
+        """Store the keys and values (2, b, heads, s·n, d) of s new states; return those of all
+        states so far."""
+        if layer in self.keys_values:
+            kv = torch.cat([self.keys_values[layer], kv], dim=3)
+        self.keys_values[layer] = kv
+        return kv
 
 
 # ---- 2. A transformer layer ----------------------------------------------------------------------
@@ -143,21 +132,21 @@ class Attention(nn.Module):
             return self.proj(rearrange(x, "(b s) h n d -> b s n (h d)", b=b))
 
         qkv = rearrange(self.qkv(x), "b s n (three h d) -> three b h (s n) d", **split)
-        q, k, v = qkv
-        first = 0
+        q, kv, first = qkv[0], qkv[1:], 0
         if cache is not None:
             first = cache.states_read
-            k, v = cache.append(self, k, v, tokens=n)
+            kv = cache.append(self, kv)
         outputs = []  # one for each state; rearrange stacks them
         for i, query in enumerate(q.split(n, dim=2), start=first):          # (b, h, n, d)
-            seen_k = visible_keys(k, i, n, history)
-            seen_v = visible_keys(v, i, n, history)
-            outputs.append(F.scaled_dot_product_attention(query, seen_k, seen_v))
+            seen = visible_keys(kv, i, n, history)                          # (2, b, h, …, d)
+            outputs.append(F.scaled_dot_product_attention(query, *seen))
         return self.proj(rearrange(outputs, "s b h n d -> b s n (h d)"))
 
 
 class CrossAttention(nn.Module):
-    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426)."""
+    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426). It is the same for all
+    states of a trajectory, so its keys and values are computed once for a sample, and kept in the
+    cache in sampling."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -177,22 +166,6 @@ class CrossAttention(nn.Module):
         mask = rearrange(is_word, "b l -> b 1 1 l")
         read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)      # (b, h, s·n, d)
         return self.proj(rearrange(read, "b h (s n) d -> b s n (h d)", s=x.shape[1]))
-
-
-class Text:
-    """The texts of a batch, as the layers read them: all states of a trajectory read the same one,
-    so its keys and values are computed once for a sample, and kept in the cache in sampling."""
-
-    def __init__(self, tokens, is_word):
-        self.tokens = tokens                                                # (b, l, width)
-        self.is_word = is_word                                              # (b, l)
-        self.keys_values = {}  # CrossAttention -> what it computes of the tokens
-
-    def read_by(self, layer: CrossAttention):
-        """What the forward pass of a layer's cross-attention needs besides x."""
-        if layer not in self.keys_values:
-            self.keys_values[layer] = layer.keys_values(self.tokens)
-        return self.keys_values[layer], self.is_word
 
 
 class MLP(nn.Module):
@@ -244,8 +217,8 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, history: str = "none", cache: KVCache | None = None, text=None):
-        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; text: what
-        Text.read_by returns."""
+        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; text: this
+        layer's part of what DiT.read_text returns."""
         modulation = self.adaLN_modulation(c)                               # once per state
         modulation = rearrange(modulation, "b s (six d) -> six b s 1 d", six=6)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -281,15 +254,13 @@ class FinalLayer(nn.Module):
 class TimestepEmbedder(nn.Module):
     """A timestep, 0 … 1000, as 256 sinusoids (cosines first), then a small MLP."""
 
-    def __init__(self, width: int, frequencies: int = 256):
+    def __init__(self, width: int):
         super().__init__()
-        self.frequencies = frequencies
-        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps):
-        half = self.frequencies // 2
-        index = torch.arange(half, device=timesteps.device)
-        omega = torch.exp(-math.log(10000) * index / half)
+        index = torch.arange(128, device=timesteps.device)
+        omega = torch.exp(-math.log(10000) * index / 128)
         angles = timesteps[..., None].float() * omega
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))    # (…, width)
 
@@ -362,33 +333,20 @@ class DiT(nn.Module):
         return ["final_layer"] + [f"final_layer{i}" for i in range(2, count + 1)]
 
     def initialise(self):
-        """As DiT: Xavier for linear layers, and zeros for the adaLN modulation of every layer, for
-        the output, and for what cross-attention adds. So each layer starts as the identity, and a
-        fresh network outputs exactly zero."""
+        """As DiT: Xavier for linear layers, and zeros for all biases, for the adaLN modulation of
+        every layer, for the output, and for what cross-attention adds. So each layer starts as the
+        identity, and a fresh network outputs exactly zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
         nn.init.xavier_uniform_(self.x_embedder["proj"].weight.flatten(1))
-        nn.init.zeros_(self.x_embedder["proj"].bias)
         if not self.config.reads_text:
             nn.init.normal_(self.y_embedder["embedding_table"].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-
-        output_layers = [getattr(self, name) for name in self.output_layer_names]
-        zeros = [layer.linear for layer in output_layers]
-        if self.config.reads_text:
-            zeros += [self.shared_modulation[1]]
-            zeros += [layer.cross_attn.proj for layer in self.blocks]
-        else:
-            zeros += [layer.adaLN_modulation[1] for layer in [*self.blocks, *output_layers]]
-        for layer in zeros:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        if self.config.noise_shortcut:
-            nn.init.zeros_(self.noise_shortcut.weight)
+        for name, weight in self.named_parameters():
+            if re.search("bias|modulation|final_layer|cross_attn.proj|noise_shortcut", name):
+                nn.init.zeros_(weight)
 
     def forward(self, x, timesteps, y, cache: KVCache | None = None):
         """x: states, (b, s, c, h, w); timesteps: one for each state, (s,) or (b, s), on the scale
@@ -398,12 +356,12 @@ class DiT(nn.Module):
         With a `cache`, x holds only the states that have not been read yet."""
         tokens = self.embed(x, cache)                                       # (b, s, n, width)
         c = self.condition(timesteps, y)                                    # (b, s, width)
-        text, layer_c = None, c
+        text, layer_c = [None] * len(self.blocks), c
         if self.config.reads_text:
             text = self.read_text(y, cache)
             layer_c = self.shared_modulation(c)                             # (b, s, 6·width)
-        for i in range(len(self.blocks)):
-            tokens = self.run_layer(i, tokens, layer_c, cache, text)
+        for i, read in enumerate(text):
+            tokens = self.run_layer(i, tokens, layer_c, cache, read)
         out = self.output(tokens, c, cache)
         if cache is not None:
             cache.states_read += x.shape[1]
@@ -435,22 +393,22 @@ class DiT(nn.Module):
         label = self.y_embedder["embedding_table"](y)
         return time + rearrange(label, "b d -> b 1 d")
 
-    def read_text(self, y, cache: KVCache | None) -> Text:
-        """The prompts with the numbers y, (b,)."""
+    def read_text(self, y, cache: KVCache | None) -> list:
+        """The prompts with the numbers y, (b,), as each layer's cross-attention reads them: its
+        keys and values, and which tokens are words."""
         if cache is not None and cache.text is not None:
             return cache.text
         vectors = self.prompts[y]                                           # (b, l, text_width)
-        is_word = vectors.abs().sum(dim=-1) > 0
-        text = Text(self.text_embedder(vectors), is_word)
+        is_word = vectors.abs().sum(dim=-1) > 0                             # (b, l)
+        tokens = self.text_embedder(vectors)                                # (b, l, width)
+        text = [(layer.cross_attn.keys_values(tokens), is_word) for layer in self.blocks]
         if cache is not None:
             cache.text = text
         return text
 
-    def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text: Text | None = None):
-        """Layer i; history is visible in the first `history_layers` of them."""
-        keys_values = None
-        if text is not None:
-            keys_values = text.read_by(self.blocks[i].cross_attn)
+    def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text=None):
+        """Layer i; history is visible in the first `history_layers` of them. text: this layer's
+        part of what read_text returns."""
         history = self.config.history if i < self.config.history_layers else "none"
         use_compiled = self.compiled_blocks is not None and cache is None
         layer = self.compiled_blocks[i] if use_compiled else self.blocks[i]
@@ -461,11 +419,11 @@ class DiT(nn.Module):
                 c,
                 history,
                 cache,
-                keys_values,
+                text,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return layer(tokens, c, history, cache, keys_values)
+        return layer(tokens, c, history, cache, text)
 
     def output(self, tokens, c, cache: KVCache | None = None):
         """Tokens (b, s, n, width) to outputs of the shape of the states, (b, s, c, h, w)."""

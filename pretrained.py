@@ -17,7 +17,6 @@ DiT, SiT and REPA differ in what they predict and in how time is given to them, 
 have the same names. They are told apart by how they behave (`recognise`).
 """
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -53,6 +52,7 @@ from pixart import (
     pixart_record,
     stack,
 )
+from shards import read_json
 from text import scene_prompts
 
 ASSETS = Path(__file__).parent / "assets"
@@ -77,7 +77,7 @@ def load_network(file, *kinds, device="cpu", teacher_kind: str | None = None):
     to be recognised by its behaviour. Raises UserError where the file holds no such network."""
     file = find_file(Path(file), kinds)
     if file.is_dir():
-        if is_pixart(read_settings(file / "config.json")):
+        if is_pixart(read_json(file / "config.json")):
             return pixart_teacher(file, kinds, device, teacher_kind)
         weights, heads = read_diffusers(file)
     else:
@@ -398,22 +398,14 @@ def check_pipeline(folder: Path):
     if scheduler.is_file():
         check_settings(scheduler, SCHEDULER)
     vae = folder.parent / "vae" / "config.json"
-    scale = read_settings(vae).get("scaling_factor", SCALE) if vae.is_file() else SCALE
+    scale = (read_json(vae) or {}).get("scaling_factor", SCALE)
     if scale != SCALE:  # as in PixArt-Σ
         raise UserError(f"{vae} scales latents by {scale}: only {SCALE} can be decoded")
 
 
-def read_settings(file: Path) -> dict:
-    """The settings in a JSON file. Raises UserError."""
-    try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"{file} cannot be read as settings of diffusers") from None
-
-
 def check_settings(file: Path, needed: dict) -> dict:
     """The settings in a JSON file. Raises UserError where one differs from what is needed."""
-    settings = read_settings(file)
+    settings = read_json(file)
     for name, value in needed.items():
         found = settings.get(name)
         if found != value and (found or value):  # absent is the same as None or False

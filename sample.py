@@ -55,6 +55,8 @@ from pretrained import ASSETS, load_network
 from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
 from text import LONGEST_CAPTION, Prompts
 
+SHEET = 100  # images in grid.png, or fewer
+
 # ---- 1. The student's steps ----------------------------------------------------------------------
 
 
@@ -89,7 +91,7 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
     (b, S + 1, c, h, w). x_T: (b, c, h, w); y: (b,). `steps`: stop after so many of the S."""
     times = student_times(student).to(x_T.device)                           # (S + 1,)
     timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
-    states, cache = [x_T], KVCache(student.steps)
+    states, cache = [x_T], KVCache()
     for i in range(student.steps if steps is None else steps):  # the paper's s is S − i
         x = states[-1]                                                      # (b, c, h, w)
         # The network reads the last state only: the cache holds what it needs of those before.
@@ -99,12 +101,13 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 
 def predict_all(model, student: Student, states, y):
-    """The student's next state for each of the S states that it reads, (b, S, c, h, w), x_T first:
-    all in one pass. This is how it is trained. Given the first S states that `few_step` has made,
-    it returns the last S (but for rounding)."""
-    times = student_times(student).to(states.device)
-    timesteps = torch.tensor(student.timesteps, device=states.device)
-    output = model(states, timesteps, y).float()                            # (b, S, c, h, w)
+    """The student's next state for each of the s ≤ S states that it reads, (b, s, c, h, w), x_T
+    first: all in one pass. This is how it is trained. Given the first S states that `few_step` has
+    made, it returns the last S (but for rounding)."""
+    s = states.shape[1]
+    times = student_times(student)[: s + 1].to(states.device)
+    timesteps = torch.tensor(student.timesteps[:s], device=states.device)
+    output = model(states, timesteps, y).float()                            # (b, s, c, h, w)
     return next_state(student, output, states, times[:-1], times[1:])
 
 
@@ -270,8 +273,8 @@ class Sampler:
 
 
 def sample_all(sampler: Sampler, flags, sheet: list):
-    """Yields all images on rank 0, batch by batch, (b, h, w, c). The first hundred are also put
-    into `sheet`; with --png, each becomes a file."""
+    """Yields all images on rank 0, batch by batch, (b, h, w, c). The first ones, SHEET of them,
+    are also put into `sheet`; with --png, each becomes a file."""
     together = flags.batch * world_size()
     starts = range(0, flags.count, together)
     progress = Progress("sampling", starts, unit="images", size=together, amount=flags.count)
@@ -279,7 +282,7 @@ def sample_all(sampler: Sampler, flags, sheet: list):
         mine = range(flags.count)[start + rank() * flags.batch :][: flags.batch]
         made = [(mine, *sampler.images(mine))] if mine else []
         for indices, images, names in gather(made):
-            sheet.extend(images[: 100 - len(sheet)])
+            sheet.extend(images[: SHEET - len(sheet)])
             if flags.png:
                 write_png_files(flags.out / "images", indices, images, names)
             yield images
@@ -287,6 +290,8 @@ def sample_all(sampler: Sampler, flags, sheet: list):
 
 def main():
     flags = parse_flags()
+    if flags.prompt and len(flags.prompt) > min(flags.count, SHEET):
+        raise UserError(f"give no more prompts than --count, and no more than {SHEET}")
     out = output_folder(flags.out, "grid.png", "trajectory.png")
     if flags.png and any((out / "images").glob("*")):
         raise UserError(f"{out / 'images'} holds files: choose another --out, or remove them")
@@ -300,13 +305,14 @@ def main():
     if rank() > 0:
         return
     images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
-    if flags.prompt:
-        rows = {text: images[i :: len(flags.prompt)] for i, text in enumerate(flags.prompt)}
-        grid = data.captioned_grid(rows)
+    file, prompts = output_file(out / "grid.png"), flags.prompt or [""]
+    images = images[: len(images) // len(prompts) * len(prompts)]  # as many of each
+    if len(prompts) > 1:
+        rows = {text: images[i :: len(prompts)] for i, text in enumerate(prompts)}
+        data.draw_images(rows, file)
     else:
-        grid = data.image_grid(images, columns=math.ceil(math.sqrt(len(sheet))))
-    grid.save(output_file(out / "grid.png"))
-    print(f"wrote {out / 'grid.png'}: {len(sheet)} of {flags.count:,} images")
+        data.image_grid(images, columns=math.ceil(math.sqrt(len(images)))).save(file)
+    print(f"wrote {file}: {len(images)} of {flags.count:,} images")
     if flags.draw_trajectory:
         picture = sampler.draw_trajectory(min(8, flags.count))
         picture.save(output_file(out / "trajectory.png"))

@@ -45,8 +45,7 @@ CATEGORIES = ("one", "two", "relation", "count")
 HELD_OUT = tuple(zip(COLOURS, SHAPES + SHAPES[:1], strict=True))  # red disc, green ring, …
 RADII = (2.4, 2.8)  # of the circle in which a shape is drawn, pixels
 JITTER = 0.15  # of its centre, in either direction
-
-SUPERSAMPLING = 8
+WAIST = 0.38  # of a star: see outline
 
 
 @dataclass(frozen=True)
@@ -63,45 +62,69 @@ class Thing:
 # ---- 1. Drawing ----------------------------------------------------------------------------------
 
 
-def outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a polygon in the unit circle."""
-    def corners(radii, start):
-        angles = [start + 2 * math.pi * i / len(radii) for i in range(len(radii))]
-        return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
-
-    up = -math.pi / 2
-    if shape == "square":
-        return corners([1] * 4, start=-math.pi / 4)
-    if shape == "triangle":
-        return corners([1] * 3, start=up)
-    return corners([1, 0.38] * 5, start=up)  # star
+def polygon(radii: list[float], start: float):
+    """Corners at these distances from the centre, at equal angles, as complex numbers."""
+    angles = start + 2 * math.pi * np.arange(len(radii)) / len(radii)
+    return radii * np.exp(1j * angles)
 
 
-def draw_cover(shape: str, x: float, y: float, radius: float, size: int = SIZE) -> np.ndarray:
-    """The fraction of each pixel that a shape covers, (size, size): drawn large and averaged
-    down."""
-    k = SUPERSAMPLING
-    canvas = Image.new("L", (size * k, size * k))
+def outline(name: str, waist: float):
+    """The corners of a shape that is a polygon, as x + i·y. They lie in the unit circle, or nearly
+    so. waist: how far the inner corners of a star are from its centre."""
+    if name == "heart":  # a well-known curve
+        u = np.linspace(0, 2 * math.pi, 60, endpoint=False)
+        x = 16 * np.sin(u) ** 3
+        y = 13 * np.cos(u) - 5 * np.cos(2 * u) - 2 * np.cos(3 * u) - np.cos(4 * u)
+        return (x - 1j * y) / 17
+    arm = np.array([-0.3 - 1j, 0.3 - 1j, 0.3 - 0.3j])
+    return {
+        "square": polygon([1] * 4, start=-math.pi / 4),
+        "triangle": polygon([1] * 3, start=-math.pi / 2),
+        "cross": np.concatenate([arm, arm * 1j, -arm, arm * -1j]),
+        "star": polygon([1, waist] * 5, start=-math.pi / 2),
+        "bar": np.array([-1 - 0.3j, 1 - 0.3j, 1 + 0.3j, -1 + 0.3j]),
+        "bow": np.array([-1 - 0.75j, 1 + 0.75j, 1 - 0.75j, -1 + 0.75j]),
+    }[name]
+
+
+def draw_cover(
+    name: str,
+    centre: complex,
+    radius: float,
+    size: int,
+    turn: complex = 1,
+    waist: float = 0.4,
+) -> np.ndarray:
+    """The fraction of each pixel that a shape covers, (size, size): drawn large and averaged down.
+    centre, x + i·y, and radius: in pixels; turn: a complex number of length 1."""
+    scale = 8 if size <= 32 else 4  # drawn so much larger
+    centre, radius = scale * centre, scale * radius
+    canvas = Image.new("L", (scale * size, scale * size))
     pen = ImageDraw.Draw(canvas)
 
-    def ellipse(r, fill):
-        pen.ellipse([k * (x - r), k * (y - r), k * (x + r), k * (y + r)], fill=fill)
+    def disc(at: float, r: float, fill: int):
+        z = centre + radius * turn * at
+        r = radius * r
+        pen.ellipse([z.real - r, z.imag - r, z.real + r, z.imag + r], fill=fill)
 
-    if shape in ("disc", "ring"):
-        ellipse(radius, fill=255)
-        if shape == "ring":
-            ellipse(0.55 * radius, fill=0)
+    if name in ("disc", "ring", "crescent"):
+        disc(0, 1, fill=255)
+        if name == "ring":
+            disc(0, 0.55, fill=0)
+        if name == "crescent":
+            disc(0.55, 0.8, fill=0)
     else:
-        points = [(k * (x + radius * u), k * (y + radius * v)) for u, v in outline(shape)]
-        pen.polygon(points, fill=255)
-    return np.asarray(canvas.reduce(k), dtype=np.float32) / 255
+        corners = centre + radius * turn * outline(name, waist)
+        pen.polygon([(z.real, z.imag) for z in corners], fill=255)
+    return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
 
 
 def draw_scene(things: list[Thing]) -> np.ndarray:
     """A picture, (3, SIZE, SIZE), uint8."""
     picture = np.zeros((3, SIZE, SIZE), np.float32) + np.array(GROUND)[:, None, None]
     for thing in things:
-        cover = draw_cover(thing.shape, thing.x, thing.y, thing.radius)
+        centre = complex(thing.x, thing.y)
+        cover = draw_cover(thing.shape, centre, thing.radius, SIZE, waist=WAIST)
         ink = np.array(COLOURS[thing.colour])[:, None, None]
         picture += cover * (ink - picture)
     return np.round(picture).astype(np.uint8)
@@ -129,11 +152,6 @@ class Caption:
     @property
     def is_held_out(self) -> bool:
         return any(thing in HELD_OUT for thing in self.things)
-
-
-def parse_caption(text: str) -> Caption | None:
-    """The Caption that has this text, or None where no caption has."""
-    return all_captions().get(text)
 
 
 @lru_cache(maxsize=1)
@@ -218,7 +236,8 @@ def templates() -> tuple[np.ndarray, list[tuple[str, float, float, float]]]:
             for dx in np.arange(-1.25, 1.5, 0.25):
                 for dy in np.arange(-1.25, 1.5, 0.25):
                     x, y = WINDOW / 2 + dx, WINDOW / 2 + dy
-                    covers.append(draw_cover(shape, x, y, radius, size=WINDOW).ravel())
+                    cover = draw_cover(shape, complex(x, y), radius, WINDOW, waist=WAIST)
+                    covers.append(cover.ravel())
                     names.append((shape, x, y, radius))
     return np.stack(covers), names
 

@@ -296,12 +296,12 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
     return ema, record
 
 
-def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime, count=80):
-    """Write a sheet of the teacher's images, of its classes in turn. Latents and points are not
-    pictures, and for them nothing is written."""
+def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime):
+    """Write a sheet of 80 of the teacher's images, of its classes in turn. Latents and points are
+    not pictures, and for them nothing is written."""
     if record.model.channels not in (1, 3):
         return
-    classes = record.model.classes
+    count, classes = 80, record.model.classes
     shown = min(classes, 10) if classes <= count else count  # of very many, some from everywhere
     y = torch.arange(count) % shown * (classes // shown)
     x_T, _ = data.noise_and_labels(record, record.training.seed, range(count))

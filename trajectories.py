@@ -126,36 +126,31 @@ def read_record(folder: Path) -> TrajectoryRecord | None:
 # ---- 2. Which of the kept states a student learns ------------------------------------------------
 
 
-def choose_target_steps(kept_steps: tuple[int, ...], steps: int) -> tuple[int, ...]:
-    """Those of the kept steps at which the targets of a student of so many steps lie: every second
-    one, say. Raises UserError where `steps` does not divide their number."""
-    kept = len(kept_steps)
-    if kept % steps:
-        divisors = [str(s) for s in range(1, kept + 1) if kept % s == 0]
-        raise UserError(
-            f"trajectories of {kept} kept states cannot be learned in {steps} steps: choose "
-            f"--steps from {', '.join(divisors)}"
-        )
-    every = kept // steps
-    return tuple(kept_steps[every - 1 :: every])
-
-
 def choose_targets(record: TrajectoryRecord, student: StudentSettings) -> tuple[int, ...]:
-    """choose_target_steps. Raises UserError, too, where what the student learns is not kept."""
+    """Those of the kept steps at which a student's targets lie: every second one, say. Raises
+    UserError where the student's steps do not divide their number, and where what it learns is not
+    kept."""
     if record.keep not in (student.targets, "both"):
         raise UserError(
             f"of these trajectories only the {record.keep} are kept: use --targets "
             f"{record.keep}, or write others, trajectories.py --keep both"
         )
-    return choose_target_steps(record.kept_steps, student.steps)
+    kept = len(record.kept_steps)
+    if kept % student.steps:
+        divisors = [str(s) for s in range(1, kept + 1) if kept % s == 0]
+        raise UserError(
+            f"trajectories of {kept} kept states cannot be learned in {student.steps} steps: "
+            f"choose --steps from {', '.join(divisors)}"
+        )
+    every = kept // student.steps
+    return record.kept_steps[every - 1 :: every]
 
 
 class Trajectories:
     """The first `count` trajectories of a folder, as a student learns them.
 
     ode             the ODE that was solved
-    kept_steps      numbers of Euler steps after which a state was kept
-    target_steps    those of them at which the student's targets lie, (S,)
+    target_steps    numbers of Euler steps after which the student's targets lie, (S,)
     seed            of noises and labels
 
     Raises UserError where some are missing, or are not what the student learns."""
@@ -168,7 +163,6 @@ class Trajectories:
         count: int,
     ):
         self.ode = record.ode
-        self.kept_steps = record.kept_steps
         self.target_steps = choose_targets(record, student)
         self.seed = record.seed
         self.count = count

@@ -95,8 +95,7 @@ def coordinates() -> dict[str, tuple[float, float]]:
 
 
 def draw(points: dict[str, tuple[float, float]], file: Path):
-    figure, axes = new_figure(6.5, 4.4)
-    axis = axes[0, 0]
+    figure, [axis] = new_figure(6.5, 4.4)
     for i, (label, (x, y)) in enumerate(points.items()):
         axis.plot(x, y, "o")
         where = (6, (5, -12)[i % 2])  # points, to the right and above or below

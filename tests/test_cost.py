@@ -15,7 +15,7 @@ from experiments import cost
 from experiments.benchmark import STUDENT, latent_config
 from experiments.cost import PRESET, Rates, estimate_all, gan_macs
 from files import UserError
-from gan import Discriminator, TeacherFeatures
+from gan import Discriminator
 from model import DiT
 
 RESULTS = Path(cost.__file__).parent / "results"
@@ -43,12 +43,11 @@ def test_the_committed_table_is_what_is_counted():
 
 def test_the_arithmetic_of_the_second_stage_is_what_a_counter_sees(monkeypatch):
     """Of the student's and the discriminator's losses, gradients included, for a batch of 8."""
-    hidden = 16
-    monkeypatch.setattr(cost, "PRESET", replace(PRESET, gan=replace(PRESET.gan, hidden=hidden)))
+    gan = replace(PRESET.gan, hidden=16)
+    monkeypatch.setattr(cost, "PRESET", replace(PRESET, gan=gan))
     student = random_weights(DiT(CONFIG))
     teacher = random_weights(DiT(replace(CONFIG, history_layers=0)))
-    features = TeacherFeatures(teacher, STUDENT.ode, noise_level=0.02)
-    discriminator = Discriminator(features, hidden)
+    discriminator = Discriminator(teacher, STUDENT.ode, gan)
     x, y = torch.randn(8, 4, 4, 32, 32), torch.zeros(8, dtype=torch.long)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         cost_of_one_iteration(student, discriminator, x, y)

@@ -490,11 +490,11 @@ def test_files_that_are_not_read_are_reported(tmp_path, capsys):
     (tmp_path / "ant" / "x.gif").touch()
     (tmp_path / "labels.csv").touch()
     (tmp_path / ".DS_Store").touch()
-    data.note_unread(tmp_path, ["ant", "bee"])
+    data.note_unread(tmp_path)
     assert capsys.readouterr().out == (
         f"note: 2 files in {tmp_path} are not read, such as {tmp_path}/ant/x.gif\n"
     )
-    data.note_unread(tmp_path / "bee", [])
+    data.note_unread(tmp_path / "bee")
     assert not capsys.readouterr().out
 
 

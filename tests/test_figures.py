@@ -14,6 +14,6 @@ def test_a_curve_for_each_training(tmp_path):
     assert {(31, 119, 180), (255, 127, 14)} <= colours  # matplotlib's first two
 
 
-def test_panels_are_rows_and_columns():
-    _, axes = new_figure(4, 3, rows=2, columns=3)
-    assert axes.shape == (2, 3)
+def test_panels_stand_side_by_side():
+    _, axes = new_figure(4, 3, columns=3)
+    assert axes.shape == (3,)

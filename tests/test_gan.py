@@ -32,7 +32,6 @@ from gan import (
     Discriminator,
     DiscriminatorHead,
     GANTrainer,
-    TeacherFeatures,
     adaptive_weight,
     check_balance,
     check_settings,
@@ -79,7 +78,7 @@ def read(file) -> dict:
 def test_features_are_what_the_teachers_layers_give():
     teacher, images, noise = random_dit(), torch.randn(8, 3, 8, 8), torch.randn(8, 3, 8, 8)
     y = torch.tensor([0, 4, 2, 1] * 2)
-    found, c = TeacherFeatures(teacher, TEACHER.ode, noise_level=0.1)(images, noise, y)
+    found, c = Discriminator(teacher, TEACHER.ode, SETTINGS).features(images, noise, y)
     expected = []
     for block in teacher.blocks:
         block.register_forward_hook(lambda layer, inputs, output: expected.append(output[:, 0]))
@@ -91,12 +90,11 @@ def test_features_are_what_the_teachers_layers_give():
 
 def test_times_of_ddpm_are_whole():
     ode = replace(TEACHER.ode, noise_path="ddpm", predicts="eps")
-    assert TeacherFeatures(random_dit(), ode, noise_level=0.02).timestep == 20
+    assert Discriminator(random_dit(), ode, replace(SETTINGS, noise_level=0.0204)).time == 20
 
 
 def test_a_logit_for_every_token_of_every_layer():
-    features = TeacherFeatures(random_dit(), TEACHER.ode, noise_level=0.1)
-    discriminator = Discriminator(features, hidden=16).eval()
+    discriminator = Discriminator(random_dit(), TEACHER.ode, SETTINGS).eval()
     images, noise = torch.randn(16, 3, 8, 8), torch.randn(16, 3, 8, 8)
     y = torch.tensor([0, 4, 2, 1] * 4)
     logits = discriminator(images, noise, y)
@@ -133,7 +131,7 @@ def test_a_discriminator_learns_to_tell_two_kinds_of_images_apart():
     teacher.load_state_dict(checkpoint["ema"])
     before, losses = fingerprint(teacher.state_dict()), []
     torch.manual_seed(0)
-    discriminator = Discriminator(TeacherFeatures(teacher, TEACHER.ode, 0.1), hidden=32)
+    discriminator = Discriminator(teacher, TEACHER.ode, replace(SETTINGS, hidden=32))
     optimizer = torch.optim.AdamW(discriminator.parameters(), lr=5e-3)
     images, labels = data.shapes(640, 16).batch(slice(None))
     for x, y in zip(images.split(16), labels.split(16), strict=True):

@@ -247,23 +247,14 @@ def test_cached_sampling_equals_the_full_pass(history, layers, shortcut, output_
         tokens_read.append(out[0].numel() // out.shape[-1])
 
     model.blocks[0].attn.qkv.register_forward_hook(count)
-    cache = KVCache(STATES)
+    cache = KVCache()
     with torch.no_grad():
         full = run(model, x, timesteps, y)
         stepwise = run_stepwise(model, x, timesteps, y, cache)
     torch.testing.assert_close(stepwise, full, rtol=1e-5, atol=1e-5)
     assert tokens_read == [STATES * TOKENS] + STATES * [TOKENS]  # one state at a time, no prefix
     # Only the layers that look back remember anything.
-    assert len(cache.buffers) == (0 if history == "none" else layers)
-
-
-def test_a_full_cache_refuses_more():
-    model, cache = network(history="causal", history_layers=1), KVCache(2)
-    x, timesteps, y = trajectory()
-    with torch.no_grad():
-        model(x[:, :2], timesteps[:2], y, cache)
-        with pytest.raises(ValueError, match="a cache for 2 states"):
-            model(x[:, 2:3], timesteps[2:3], y, cache)
+    assert len(cache.keys_values) == (0 if history == "none" else layers)
 
 
 def test_every_step_has_its_own_output_layer():
@@ -293,7 +284,7 @@ def test_no_mask_reaches_attention(history, monkeypatch):
     run(model, x, timesteps, y).sum().backward()
     in_training = len(queries)
     with torch.no_grad():
-        run_stepwise(model, x, timesteps, y, KVCache(STATES))
+        run_stepwise(model, x, timesteps, y, KVCache())
     assert in_training == (3 if history == "none" else 2 * STATES + 1)
     assert len(queries) - in_training == 3 * STATES
     assert set(queries) == {TOKENS}  # of one state: no S·n × S·n matrix anywhere
@@ -490,7 +481,7 @@ def test_the_texts_keys_and_values_are_computed_once_for_a_sample():
     with torch.no_grad():
         full = run(model, x, timesteps, y)
         assert len(calls) == 3  # once in each layer, for all four states
-        stepwise = run_stepwise(model, x, timesteps, y, KVCache(STATES))
+        stepwise = run_stepwise(model, x, timesteps, y, KVCache())
     assert len(calls) == 3 + 3  # and once in each layer, for all four steps
     torch.testing.assert_close(stepwise, full, rtol=1e-5, atol=1e-5)
 

@@ -610,7 +610,7 @@ def test_a_folder_of_diffusers_that_cannot_be_read(tmp_path):
     folder = write_folder(tmp_path / "b", diffusers_weights(PUBLIC))
     for text in ("{", "[1]"):
         (folder / "config.json").write_text(text)
-        refused("cannot be read as settings", folder, "teacher")
+        refused("config.json is damaged", folder, "teacher")
 
 
 def test_against_diffusers_itself(tmp_path):

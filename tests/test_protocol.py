@@ -11,9 +11,9 @@ from PIL import Image
 
 from data import write_npz
 from experiments import protocol as module
-from experiments.protocol import ImageSet, protocol, reference_moments
+from experiments.protocol import ImageSet, inception_score, protocol, reference_moments
 from files import UserError
-from metrics import coverage, frechet, inception_score, moments
+from metrics import coverage, frechet, moments
 
 CPU = torch.device("cpu")
 
@@ -95,6 +95,27 @@ def made_up_features(monkeypatch):
     monkeypatch.setattr(module, "activations", activations)
     monkeypatch.setattr(module, "POOL_FEATURES", 40)
     monkeypatch.setattr(module, "SPATIAL_FEATURES", 30)
+
+
+def test_inception_score():
+    sure = 50 * torch.eye(10).repeat(3, 1)  # each image clearly of one class, all equally often
+    assert inception_score(sure) == pytest.approx(10)
+    assert inception_score(torch.ones(30, 10)) == pytest.approx(1)
+    assert inception_score(sure.repeat_interleave(2, 0), split=20) == pytest.approx(10)
+    assert inception_score(50 * torch.eye(10), split=5) == pytest.approx(5)  # five in a split
+    logits = np.random.default_rng(0).standard_normal((20, 6))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    kl = [(row * (np.log(row) - np.log(p.mean(0)))).sum() for row in p]
+    assert inception_score(torch.from_numpy(logits)) == pytest.approx(np.exp(np.mean(kl)), rel=1e-9)
+
+
+def test_torch_fidelity_has_the_same_inception_score():
+    pytest.importorskip("torch_fidelity", reason="optional package", exc_type=ImportError)
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.randn(700, 200, generator=torch.Generator().manual_seed(0))
+    theirs = isc_features_to_metric(logits, splits=7, shuffle=False)["inception_score_mean"]
+    assert inception_score(logits, split=100) == pytest.approx(theirs, rel=1e-3)
 
 
 def test_protocol(tmp_path, made_up_features):

@@ -12,10 +12,11 @@ from test_pretrained import public_weights
 
 import data
 import sample
-from config import HISTORIES, ODE, Student
+from config import HISTORIES, ODE, DataConfig, Student, parse_size
 from files import UserError, export
 from pretrained import load_network
 from sample import few_step, implied_x0, parse_labels, predict_all, student_times
+from text import TEXT_WIDTH
 from tiny import TEACHER, random_dit, student_of
 
 TIMESTEPS = torch.tensor([1000.0, 750.0, 500.0, 250.0])
@@ -190,3 +191,17 @@ def test_the_kind_of_a_published_teacher_can_be_given(tmp_path, monkeypatch):
         run(monkeypatch, tmp_path / "public.pt", *words)
     run(monkeypatch, tmp_path / "public.pt", *words, "--teacher-kind", "sit")
     assert (tmp_path / "a/grid.png").exists()
+
+
+def test_a_row_of_images_for_each_prompt(tmp_path, monkeypatch, capsys):
+    text = dict(image_size=21, classes=1, text_width=TEXT_WIDTH, **parse_size("N/7"))
+    model = random_dit(**text)
+    record = replace(TEACHER, model=model.config, data=DataConfig("scenes", 21, 3), classes=("",))
+    export(tmp_path / "t.pt", "teacher", asdict(record), model.state_dict())
+    prompts = ("--prompt", "a red star", "--prompt", "two blue rings", "--out", tmp_path / "a")
+    run(monkeypatch, tmp_path / "t.pt", *prompts, "--count", 5)
+    width, height = Image.open(tmp_path / "a/grid.png").size
+    assert width > 2 * 64 and height > 2 * 64
+    assert "4 of 5 images" in capsys.readouterr().out  # as many of each
+    with pytest.raises(UserError, match="no more prompts than --count"):
+        run(monkeypatch, tmp_path / "t.pt", *prompts, "--count", 1)

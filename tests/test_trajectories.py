@@ -22,7 +22,7 @@ from files import UserError, fingerprint
 from teacher import solve
 from trajectories import (
     Trajectories,
-    choose_target_steps,
+    choose_targets,
     describe,
     open_trajectories,
     scale_steps,
@@ -87,7 +87,7 @@ def test_stored_states_are_the_solver_s(teacher, tmp_path, steps):
     x, labels = stored.batch(range(24))
     taken = [16 * i // steps for i in range(steps + 1)]
     assert len(stored) == 24 and x.shape == (24, steps + 1, 3, 8, 8) and x.dtype == torch.float32
-    assert stored.target_steps == tuple(taken[1:]) and stored.kept_steps == KEPT.kept_steps
+    assert stored.target_steps == tuple(taken[1:])
     assert (stored.ode, stored.seed) == (RECORD.ode, SEED)
     assert torch.equal(x[:, 0], x_T) and torch.equal(labels, y)
     assert_close_in_half(x, states[:, taken])
@@ -241,13 +241,14 @@ def test_a_folder_takes_one_kind_of_trajectory(teacher, tmp_path):
     assert shards_of(tmp_path) == before
 
 
-def test_target_steps():
-    assert choose_target_steps((2, 4, 6, 8), 4) == (2, 4, 6, 8)
-    assert choose_target_steps((10, 15, 20, 25), 2) == (15, 25)
-    assert choose_target_steps((10, 15, 20, 25), 1) == (25,)
+def test_target_steps(teacher):
+    own = describe(teacher, RECORD, KEPT, SEED)
+    assert choose_targets(own, student(8)) == (2, 4, 6, 8, 10, 12, 14, 16)
+    assert choose_targets(own, student(2)) == (8, 16)
+    assert choose_targets(own, student(1)) == (16,)
     for steps in (3, 5, 16):
         with pytest.raises(UserError, match=f"{steps} steps: choose --steps from 1, 2, 4, 8"):
-            choose_target_steps(KEPT.kept_steps, steps)
+            choose_targets(own, student(steps))
 
 
 # ---- open_trajectories ---------------------------------------------------------------------------
