@@ -83,11 +83,14 @@ def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
 def visible_keys(kv: torch.Tensor, i: int, n: int, history: str) -> torch.Tensor:
     """What the mask does, by slicing. kv: keys, values, or both, of at least the states 0 … i, each
     of n tokens, (…, s·n, d). Returns those that state i may read."""
-    first = {"none": i, "window": max(i - 1, 0)}.get(history, 0)  # the first state that is read
-    seen = kv[..., first * n : (i + 1) * n, :]
-    if history == "anchor" and i > 0:
-        return torch.cat([seen[..., :n, :], seen[..., -n:, :]], dim=-2)
-    return seen
+    own = kv[..., i * n : (i + 1) * n, :]
+    if history == "none" or i == 0:
+        return own
+    if history == "window":
+        return kv[..., (i - 1) * n : (i + 1) * n, :]
+    if history == "anchor":
+        return torch.cat([kv[..., :n, :], own], dim=-2)
+    return kv[..., : (i + 1) * n, :]  # causal
 
 
 class KVCache:
