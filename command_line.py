@@ -20,6 +20,9 @@ def run_program(main):
     memory or Ctrl-C ends it with one line and without a traceback; the exit status is 1 or 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # they may have been closed: 2>&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is written as \u03b1
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -289,7 +289,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
             continue
         if entry.is_dir():
             folders.append(name)
-        elif name.lower().endswith(SUFFIXES):
+        elif name.lower().endswith(SUFFIXES) and entry.is_file():
             images.append(name)
     return sorted(folders), sorted(images)
 
@@ -430,10 +430,7 @@ def fit_to_images(preset: Preset, flags) -> Preset:
     note_unread(Path(source))
     smallest, side, is_grey = survey(Path(source), files)
     if flags.image_size is None and side < size:
-        try:
-            patch = parse_size(preset.size)["patch"]
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        patch = parse_size(preset.size)["patch"]
         size = max(side // patch, 1) * patch
     channels = flags.channels or (1 if is_grey else 3)
     data = DataConfig(source, size, channels, flip=bool(flags.flip))
@@ -589,7 +586,7 @@ def load(
     if config.flip and (source in DRAWN or is_latent):
         raise UserError(f"{source} cannot be mirrored, as folders of images can be: use --no-flip")
     count = count or (5_000 if split == "test" else 50_000)
-    seed = 1 if split == "test" else 0
+    seed = 0 if split == "train" else 1
     if source == "textures":
         dataset = textures(count, size, seed)
     elif source == "shapes":
@@ -633,6 +630,11 @@ def image_grid(images, columns: int, side: int = 64, gap: int = 4) -> Image.Imag
     sheet = rearrange(tiles, "(row column) c h w -> c (row h) (column w)", column=columns)
     sheet = F.pad(sheet, (0, gap, 0, gap), value=1)
     return Image.fromarray(to_uint8(sheet))
+
+
+def save_picture(picture: Image.Image, file: Path):
+    """Write a PNG file, whole or not at all."""
+    replace_file(file, lambda opened: picture.save(opened, "PNG"))
 
 
 def draw_images(rows: dict[str, torch.Tensor], file: Path, title: str = ""):

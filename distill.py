@@ -95,7 +95,7 @@ from config import (
     override_parts,
 )
 from evaluate import report
-from files import UserError, export, fingerprint, load_weights, output_folder
+from files import UserError, check_export, export, fingerprint, load_weights, output_folder
 from machine import Runtime, rank, runtime_from, world_size
 from model import DiT
 from pixart import use_prompts
@@ -148,22 +148,11 @@ def make_student(
     """A student that starts from its teacher's weights, and what its checkpoint will say of it. The
     ODE, its number of Euler steps and its guidance are those of the trajectories, since a student
     learns what these contain. Raises UserError for settings that contradict one another."""
-    check_settings(settings)
+    config = student_config(teacher_record, settings)
     ode = trajectories.ode
     path = NOISE_PATHS[ode.noise_path]
     times = path.times(ode.euler_steps)[[0, *trajectories.target_steps]]
     timesteps = settings.timesteps or tuple(path.timestep(times[:-1]).tolist())
-    try:
-        config = replace(
-            teacher_record.model,
-            history=settings.history,
-            history_layers=settings.history_layers,
-            noise_shortcut=settings.noise_shortcut,
-            output_layers=settings.steps if settings.output_layer_per_step else 1,
-            depth=teacher_record.model.depth + settings.extra_layers,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
     record = StudentRecord(
         model=config,
         student=Student(
@@ -186,7 +175,8 @@ def make_student(
     return model, record
 
 
-def check_settings(settings: StudentSettings):
+def student_config(teacher_record: TeacherRecord, settings: StudentSettings):
+    """The ModelConfig of a student. Raises UserError for settings that contradict one another."""
     if settings.output == "direction" and settings.targets == "x0":
         raise UserError(
             "x0 predictions are not states of the ODE, so no Euler step leads from one to the "
@@ -194,6 +184,17 @@ def check_settings(settings: StudentSettings):
         )
     if settings.timesteps and len(settings.timesteps) != settings.steps:
         raise UserError(f"{len(settings.timesteps)} timesteps are given for {settings.steps} steps")
+    try:
+        return replace(
+            teacher_record.model,
+            history=settings.history,
+            history_layers=settings.history_layers,
+            noise_shortcut=settings.noise_shortcut,
+            output_layers=settings.steps if settings.output_layer_per_step else 1,
+            depth=teacher_record.model.depth + settings.extra_layers,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def initial_weights(model: DiT, teacher: DiT) -> dict:
@@ -217,7 +218,7 @@ def distill(
     if training.on_policy and round(training.on_policy * samples) == 0:
         raise UserError(
             f"--on-policy {training.on_policy:g} of a micro-batch of {samples} is less than one "
-            "sample: choose a larger --batch"
+            "sample: choose a larger --batch, or a smaller --accumulate"
         )
     model.to(runtime.device)
 
@@ -285,7 +286,6 @@ def main():
     flags = parse_flags()
     preset = override_parts(PRESETS[flags.preset], flags, "trajectories", "student", "distillation")
     settings, training = preset.student, preset.distillation
-    check_settings(settings)
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
     runs = Path("runs") / flags.preset
     out = output_folder(flags.out or runs, "result.json", "samples.png")
@@ -299,6 +299,8 @@ def main():
     same_path = teacher_record.ode.noise_path == usual.ode.noise_path
     if settings.steps != usual.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
+    student_config(teacher_record, settings)  # it may refuse: before the work begins
+    check_export(flags.export, out / "student.pt")
     home = out if (out / "teacher.pt").exists() else runs
     trajectories = open_trajectories(
         teacher,

@@ -793,11 +793,13 @@ def show_comparison(
     teacher,
     students: dict,
     evaluator: Evaluator,
-    out: Path,
+    file: Path,
     full: bool,
-) -> dict:
-    """The whole comparison: prints the table, draws the figures into the folder `out`, and returns
-    the numbers. `full`: with all columns, and a row of other real images."""
+    **more,
+):
+    """The whole comparison: writes its numbers, and `more` of them, into a JSON file, prints the
+    table, and draws figures beside the file. `full`: with all columns, and a row of other real
+    images."""
     methods = make_methods(teacher, students)
     rows = compare(methods, evaluator)
     ratios = compare_degradations(rows, students)
@@ -806,18 +808,8 @@ def show_comparison(
         columns = columns | MORE_COLUMNS
         if evaluator.real_row:
             rows["other real images"] = evaluator.real_row
-    legend = LEGEND
-    if evaluator.has_captions:
-        columns, legend = columns | ADHERENCE_COLUMNS, LEGEND + ADHERENCE_LEGEND
-    print(f"\n{evaluator.count:,} images of each method, from the same noises\n")
-    print(table(rows, columns), legend, *ratios, "", sep="\n")
-
     errors, shares = measure_curves(teacher, students, evaluator)
-    draw_samples(methods, evaluator, out / "samples.png")
-    draw_exposure(errors, out / "exposure.png")
-    if shares:
-        draw_attention(shares, out / "attention.png")
-    return dict(
+    content = dict(
         images=evaluator.count,
         device=str(evaluator.runtime.device),
         rows=rows,
@@ -826,6 +818,18 @@ def show_comparison(
         attention=shares,
         students={name: asdict(record) for name, (_, record) in students.items()},
     )
+    save_json(file, content | more)
+    legend = LEGEND
+    if evaluator.has_captions:
+        columns, legend = columns | ADHERENCE_COLUMNS, LEGEND + ADHERENCE_LEGEND
+    print(f"\n{evaluator.count:,} images of each method, from the same noises\n")
+    print(table(rows, columns), legend, *ratios, "", sep="\n")
+
+    draw_samples(methods, evaluator, file.with_name("samples.png"))
+    draw_exposure(errors, file.with_name("exposure.png"))
+    if shares:
+        draw_attention(shares, file.with_name("attention.png"))
+    print(f"wrote {file.name}, samples.png and other figures into {file.parent}")
 
 
 def report(teacher, students: dict, losses: dict[str, list], out: Path, runtime: Runtime):
@@ -839,10 +843,9 @@ def report(teacher, students: dict, losses: dict[str, list], out: Path, runtime:
     except UserError as error:
         print(f"there are no distances to real images: {error}")
         evaluator = Evaluator(*arguments, replace(record.data, source=None))
-    results = show_comparison(teacher, students, evaluator, out, full=False)
+    file = out / "result.json"
+    show_comparison(teacher, students, evaluator, file, full=False, losses=losses)
     draw_losses(losses, out / "loss.png")
-    save_json(out / "result.json", results | dict(losses=losses))
-    print(f"wrote result.json, samples.png and other figures into {out}")
 
 
 def find_students(runs: list[Path], device) -> dict:
@@ -942,9 +945,7 @@ def main():
         replace(record.data, source=flags.data or record.data.source),
         test=flags.test,
     )
-    results = show_comparison(teacher, students, evaluator, out, full=True)
-    save_json(out / "evaluation.json", results)
-    print(f"wrote evaluation.json, samples.png and other figures into {out}")
+    show_comparison(teacher, students, evaluator, out / "evaluation.json", full=True)
 
 
 if __name__ == "__main__":

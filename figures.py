@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from files import output_file
+from files import replace_file
 
 
 def new_figure(width: float, height: float, columns: int = 1):
@@ -14,7 +15,9 @@ def new_figure(width: float, height: float, columns: int = 1):
 
 
 def save_figure(figure: Figure, file: Path):
-    figure.savefig(output_file(file), dpi=110, bbox_inches="tight")
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a "$" in the name of a folder is no formula
+    replace_file(file, lambda opened: figure.savefig(opened, dpi=110, bbox_inches="tight"))
 
 
 def draw_curves(curves: list[tuple], file: Path, **words):

@@ -131,10 +131,7 @@ def read_checkpoint(path: str | Path) -> dict:
         raise UserError(f"no such checkpoint: {path}")
     with open(path, "rb") as file:  # a file, not its name: torch.load would go by the suffix
         try:
-            # torch.load compares no checksums. (Files older than PyTorch 1.6 have none.)
-            if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
-                raise ValueError("a checksum differs")
-            file.seek(0)
+            check_archive(file)
             with torch.serialization.safe_globals([argparse.Namespace]):  # in public training files
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file makes torch.load raise all sorts of exceptions
@@ -142,6 +139,17 @@ def read_checkpoint(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
+
+
+def check_archive(file):
+    """Raises ValueError where bits of a checkpoint have changed: torch.load compares no checksums.
+    (Files older than PyTorch 1.6 are no archives, and have none.)"""
+    if zipfile.is_zipfile(file):
+        archive = zipfile.ZipFile(file)
+        marked = any(entry.external_attr for entry in archive.infolist())  # PyTorch writes zeros
+        if marked or archive.testzip():
+            raise ValueError("a checksum differs, or an entry is marked as something else")
+    file.seek(0)
 
 
 def load_checkpoint(path: str | Path, *kinds: str) -> dict:
@@ -213,9 +221,16 @@ def export_file(path: str | Path) -> Path:
     return path
 
 
+def check_export(path: Path | None, checkpoint: Path):
+    """Raises UserError where a network is to be exported onto its own training's checkpoint."""
+    if path is not None and path.resolve() == checkpoint.resolve():
+        raise UserError(f"--export {path} is the training's own checkpoint: choose another file")
+
+
 def export(path: str | Path, kind: str, record: dict, weights: dict):
     """Write a checkpoint for use only: the weights in float16, no optimizer state."""
     half = {name: weight.half() for name, weight in weights.items()}
+    check_finite(half, "the network, in float16,")
     content = dict(kind=kind, record=record, ema=half)
     replace_file(export_file(path), lambda file: torch.save(content, file))
     print(f"wrote {path}")

@@ -72,9 +72,11 @@ from evaluate import check_classes, report
 from figures import new_figure, save_figure
 from files import (
     UserError,
+    check_export,
     export,
     fingerprint,
     first_difference,
+    one_line,
     output_folder,
     replace_file,
 )
@@ -351,13 +353,21 @@ class GANTrainer:
         saved = training.load_training(file, "student", self.record)
         if saved is None:
             return
-        if saved["inputs"] != self.inputs:
-            difference = first_difference(saved["inputs"], self.inputs)
-            raise UserError(f"{file} has other inputs: {difference}. Choose another --out")
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(saved[name])
+        try:
+            inputs, sums = dict(saved["inputs"]), torch.tensor(saved["sums"])
+            if {len(sums)} | {len(row) - 1 for row in saved["losses"]} != {len(CURVES)}:
+                raise ValueError("its losses are not those of this stage")
+            if inputs != self.inputs:
+                difference = first_difference(inputs, self.inputs)
+                raise UserError(f"{file} has other inputs: {difference}. Choose another --out")
+            for name in self.PARTS:
+                getattr(self, name).load_state_dict(saved[name])
+            self.sums += sums.to(self.sums.device)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file} is damaged ({one_line(error)}): choose another --out, or remove it"
+            ) from None
         self.iteration, self.losses = saved["iteration"], saved["losses"]
-        self.sums = torch.tensor(saved["sums"], device=self.runtime.device)
 
 
 # ---- 4. The training -----------------------------------------------------------------------------
@@ -548,6 +558,7 @@ def main():
     folder = flags.trajectories or home / "trajectories"
     trajectories = open_same_trajectories(record, teacher, teacher_record, preset, folder, runtime)
     file = out / "student.pt"
+    check_export(flags.export, file)
     ema, losses = train_gan(first, record, teacher, trajectories, dataset, file, runtime)
     name = "R + G" if preset.gan.weight else "R, longer"
     students[name] = (ema, record)

@@ -46,7 +46,7 @@ from command_line import (
     run_program,
 )
 from config import ODE, Student, StudentRecord, TeacherRecord, override
-from files import UserError, output_file, output_folder
+from files import UserError, output_folder
 from latents import VAE, decode, load_vae
 from machine import Progress, add_machine_flags, gather, rank, runtime_from, world_size
 from model import KVCache
@@ -138,7 +138,7 @@ def parse_labels(words: list[str], classes: tuple[str, ...]) -> list[int]:
     """Names or numbers of classes to numbers. Raises UserError for anything else."""
     labels = []
     for word in words:
-        label = int(word) if word.isdecimal() else -1
+        label = int(word) if word.isdecimal() and len(word) < 10 else -1
         if word in classes:
             label = classes.index(word)
         if not 0 <= label < len(classes):
@@ -152,8 +152,8 @@ def parse_labels(words: list[str], classes: tuple[str, ...]) -> list[int]:
 def write_png_files(folder: Path, indices, images: np.ndarray, names: list[str]):
     """images: (b, h, w, c), uint8."""
     for i, image, name in zip(indices, images, names, strict=True):
-        file = output_file(folder / f"{i:05d}-{data.file_name(name)}.png")
-        Image.fromarray(image.squeeze()).save(file)
+        file = folder / f"{i:05d}-{data.file_name(name)}.png"
+        data.save_picture(Image.fromarray(image.squeeze()), file)
 
 
 def parse_flags():
@@ -292,6 +292,8 @@ def main():
     flags = parse_flags()
     if flags.prompt and len(flags.prompt) > min(flags.count, SHEET):
         raise UserError(f"give no more prompts than --count, and no more than {SHEET}")
+    if flags.prompt and (flags.labels or len(set(flags.prompt)) < len(flags.prompt)):
+        raise UserError("give each --prompt once, and no --labels beside it")
     out = output_folder(flags.out, "grid.png", "trajectory.png")
     if flags.png and any((out / "images").glob("*")):
         raise UserError(f"{out / 'images'} holds files: choose another --out, or remove them")
@@ -305,17 +307,18 @@ def main():
     if rank() > 0:
         return
     images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
-    file, prompts = output_file(out / "grid.png"), flags.prompt or [""]
+    file, prompts = out / "grid.png", flags.prompt or [""]
     images = images[: len(images) // len(prompts) * len(prompts)]  # as many of each
     if len(prompts) > 1:
         rows = {text: images[i :: len(prompts)] for i, text in enumerate(prompts)}
         data.draw_images(rows, file)
     else:
-        data.image_grid(images, columns=math.ceil(math.sqrt(len(images)))).save(file)
+        columns = math.ceil(math.sqrt(len(images)))
+        data.save_picture(data.image_grid(images, columns), file)
     print(f"wrote {file}: {len(images)} of {flags.count:,} images")
     if flags.draw_trajectory:
         picture = sampler.draw_trajectory(min(8, flags.count))
-        picture.save(output_file(out / "trajectory.png"))
+        data.save_picture(picture, out / "trajectory.png")
         print(f"wrote {out / 'trajectory.png'}: a column for each image, from noise at the top")
 
 

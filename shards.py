@@ -77,7 +77,7 @@ def read_json(file: Path) -> dict | None:
         return dict(json.loads(file.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise UserError(
             f"{file} is damaged, or was written by another program: choose another folder, or "
             "remove this file"

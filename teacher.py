@@ -40,7 +40,7 @@ from einops import rearrange
 import data
 from command_line import add_training_flags, make_parser, non_negative, positive_int, run_program
 from config import ODE, PRESETS, ModelConfig, Preset, TeacherRecord, override_parts, parse_size
-from files import UserError, export, output_file
+from files import UserError, check_export, export, output_file
 from machine import Runtime, rank, runtime_from
 from model import DiT
 from training import train
@@ -308,10 +308,19 @@ def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime):
     with runtime.autocast():
         x_T, y = x_T.to(runtime.device), y.to(runtime.device)
         states, _ = solve(model, record.ode, x_T, y, keep=[record.ode.euler_steps])
-    data.image_grid(states[:, -1], columns=10).save(output_file(file))
+    data.save_picture(data.image_grid(states[:, -1], columns=10), file)
 
 
 # ---- 4. The program ------------------------------------------------------------------------------
+
+
+def model_size(text: str) -> str:
+    """For argparse: a name that config.parse_size knows."""
+    try:
+        parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def parse_flags():
@@ -334,7 +343,11 @@ def parse_flags():
         action=argparse.BooleanOptionalAction,
         help="mirror training images at random (default: no)",
     )
-    add("--size", help="network, as SIZE/PATCH with a size of N, T, XS, S, B, L or XL, such as T/4")
+    add(
+        "--size",
+        type=model_size,
+        help="network, as SIZE/PATCH with a size of N, T, XS, S, B, L or XL, such as T/4",
+    )
     group = parser.add_argument_group("ODE")
     add = group.add_argument
     add("--noise-path", choices=("flow", "ddpm"), help="flow matching, or DDPM")
@@ -353,6 +366,7 @@ def main():
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
     folder = flags.out or Path("runs") / flags.preset
     file = output_file(folder / "teacher.pt")
+    check_export(flags.export, file)
     ema, record = train_teacher(preset, file, runtime)
     if rank() > 0:
         return

@@ -26,6 +26,7 @@ import startup  # noqa: F401  before the large packages
 import difflib
 import hashlib
 import math
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def encode_words(caption: str, length: int) -> np.ndarray:
     """A caption as vectors, (length, TEXT_WIDTH); rows behind its last word are zero. Raises
     UserError for a word that is in no caption of scenes.py, and prints a note where words beyond
     `length` are left out."""
-    words = caption.lower().replace(",", " ").replace(".", " ").split() or [""]
+    words = re.sub(r"[.,;:!?]", " ", caption.lower()).split() or [""]
     known = vocabulary()
     for word in words:
         if word not in known:
@@ -73,9 +74,10 @@ def encode_words(caption: str, length: int) -> np.ndarray:
             hint = f"known words: {', '.join(known[1:])}"
             if near:
                 hint = f"did you mean {' or '.join(near)}?"
-            raise UserError(f"the word {word!r} of the prompt {caption!r} is unknown: {hint}")
+            where = f"the word {word[:60]!r} of the prompt {caption[:60]!r}"
+            raise UserError(f"{where} is unknown: {hint}")
     if len(words) > length:
-        print(f"note: the prompt {caption!r} is cut after {length} words")
+        print(f"note: the prompt {caption[:60]!r} is cut after {length} words")
         words = words[:length]
     alone = np.zeros((len(words), WORD_WIDTH))
     for i, word in enumerate(words):

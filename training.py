@@ -22,6 +22,7 @@ from config import Training
 from figures import draw_losses
 from files import (
     UserError,
+    check_finite,
     first_difference,
     load_checkpoint,
     load_weights,
@@ -226,6 +227,12 @@ def load_training(file: Path, kind: str, record) -> dict | None:
         )
     if "optimizer" not in saved:
         raise UserError(f"{file} was exported, for use only: choose another --out, or remove it")
+    missing = {"iteration", "losses"} - saved.keys()
+    settings = getattr(record, "gan_training", None) or record.training
+    if missing or not 0 <= saved["iteration"] <= settings.iterations:
+        raise UserError(f"{file} is damaged: choose another --out, or remove it to begin again")
+    for part in {"ema", "model", "student"} & saved.keys():
+        check_finite(saved[part], file)
     return saved
 
 
@@ -234,12 +241,30 @@ def restore(saved: dict, file: Path, model: nn.Module, optimizer, scaler) -> flo
     entry. Raises UserError where the checkpoint is damaged."""
     try:
         load_weights(model, saved["model"], file)
-        optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(optimizer, saved["optimizer"])
         if saved.get("scaler"):
             scaler.load_state_dict(saved["scaler"])
         return float(saved["loss_sum"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is damaged and cannot be continued: {error!r}") from None
+        raise UserError(
+            f"{file} is damaged and cannot be continued ({error!r}): choose another --out, or "
+            "remove it to begin again"
+        ) from None
+
+
+def load_optimizer(optimizer, saved: dict):
+    """Load the moments of AdamW. Raises ValueError, KeyError or TypeError where they are not those
+    of these weights. (The settings are not read: the record has them.)"""
+    settings = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(dict(state=saved["state"], param_groups=settings))
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            state = optimizer.state[weight]
+            for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                if moment.shape != weight.shape or not moment.isfinite().all():
+                    raise ValueError("the optimizer's moments are not those of the weights")
+            if state["step"] < 1:
+                raise ValueError("the optimizer has taken no step")
 
 
 # ---- 3. The loop ---------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ class TrajectoryRecord:
     class_weights: tuple[float, ...]
     seed: int
 
+    def __post_init__(self):
+        if not self.kept_steps or self.seed < 0:
+            raise ValueError(f"steps {self.kept_steps} and seed {self.seed}")
+
     @property
     def dtype(self) -> np.dtype:
         """What a shard holds of one trajectory."""

@@ -64,8 +64,8 @@ from files import (
     UserError,
     fingerprint,
     first_difference,
-    output_file,
     output_folder,
+    replace_file,
     save_json,
 )
 from gan import train_gan
@@ -472,7 +472,7 @@ def draw(content: dict, file: Path):
         bottom.set_xticks(range(len(rows)), titles, fontsize=7, rotation=40, ha="right")
         top.set_title(factor, fontsize=10)
     axes[0, 0].legend(fontsize=8)
-    page.savefig(output_file(file), dpi=110)
+    replace_file(file, lambda opened: page.savefig(opened, dpi=110))
 
 
 # ---- 4. The program ------------------------------------------------------------------------------

@@ -666,3 +666,11 @@ def test_npz_is_numpy_s(tmp_path):
 ])
 def test_file_names_are_safe(text, name):
     assert data.file_name(text) == name
+
+
+@pytest.mark.parametrize("source", ["textures", "shapes", "points"])
+def test_what_is_drawn_to_compare_with_was_not_trained_on(source):
+    size, channels = (1, 2) if source == "points" else (16, 3)
+    config = DataConfig(source, image_size=size, channels=channels)
+    train, test, both = (data.load(config, split, 500).images for split in ("train", "test", "all"))
+    assert np.array_equal(test, both) and not np.array_equal(train, test)

@@ -16,6 +16,7 @@ from tiny import TEACHER
 from config import ClassifierRecord, DataConfig, Training
 from files import (
     UserError,
+    check_export,
     export,
     export_file,
     fingerprint,
@@ -146,6 +147,13 @@ def flip_a_bit(content: bytes) -> bytes:
     return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
+def mark_as_folder(content: bytes) -> bytes:
+    """The same archive with one bit changed in what it says of its last entry. PyTorch then leaves
+    a weight as it finds the memory."""
+    place = content.rindex(b"PK\x01\x02") + 38  # the external attributes
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+
+
 OLD_FORMAT = dict(_use_new_zipfile_serialization=False)
 BAD = {  # what the file holds, and what the UserError says
     "nothing there": (None, "no such checkpoint"),
@@ -173,6 +181,7 @@ BAD = {  # what the file holds, and what the UserError says
     "losses in words": (saved(GOOD | dict(losses=[(1, "x")])), "damaged: its losses are not"),
     "losses alone": (saved(GOOD | dict(losses=[0.1])), "damaged: its losses are not"),
     "one bit of a weight": (flip_a_bit(saved(GOOD)), "cannot be read"),
+    "an entry that is marked as a folder": (mark_as_folder(saved(GOOD)), "cannot be read"),
     "half a record": (saved(GOOD | dict(record=dict(images=9))), "describes no classifier"),
 }
 
@@ -296,3 +305,11 @@ def test_a_fingerprint_tells_weights_apart():
     other["weight"][0, 2] += 1e-6
     assert fingerprint(weights) != fingerprint(other)
     assert fingerprint({"a": weights["bias"]}) != fingerprint({"b": weights["bias"]})
+
+
+def test_what_float16_cannot_hold_is_not_exported(tmp_path):
+    with pytest.raises(UserError, match="in float16.* holds values that are not finite"):
+        export(tmp_path / "x.pt", "classifier", {}, {"w": torch.tensor([1e6])})
+    assert not (tmp_path / "x.pt").exists()
+    with pytest.raises(UserError, match="is the training's own checkpoint"):
+        check_export(tmp_path / "a" / ".." / "x.pt", tmp_path / "x.pt")

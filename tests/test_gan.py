@@ -323,6 +323,26 @@ def test_another_training_is_not_continued(tmp_path):
     assert file.read_bytes() == written
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(inputs=3),
+        dict(sums="ab"),
+        dict(sums=[0.5]),
+        dict(losses=[(1, 0.5)]),
+        dict(optimizer={}),
+    ],
+)
+def test_a_damaged_training_is_not_continued(tmp_path, change):
+    file = tmp_path / "student.pt"
+    run(file)
+    torch.save(torch.load(file, weights_only=True) | change, file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match="student.pt is damaged"):
+        run(file)
+    assert file.read_bytes() == before
+
+
 def test_the_first_student_stays_as_it_is(tmp_path):
     first, record = student_of(random_dit(), history_layers=2)
     first.eval().requires_grad_(False)

@@ -168,7 +168,8 @@ def test_labels_are_names_or_numbers():
 def test_weights_that_are_not_finite_are_refused(tmp_path, monkeypatch):
     model, record = student_of(random_dit())
     model.final_layer.linear.weight.data[:] = float("nan")
-    export(tmp_path / "nan.pt", "student", asdict(record), model.state_dict())
+    content = dict(kind="student", record=asdict(record), ema=model.state_dict())
+    torch.save(content, tmp_path / "nan.pt")
     with pytest.raises(UserError, match="not finite"):
         run(monkeypatch, tmp_path / "nan.pt", "--count", 1, "--out", tmp_path / "a")
 
@@ -205,3 +206,6 @@ def test_a_row_of_images_for_each_prompt(tmp_path, monkeypatch, capsys):
     assert "4 of 5 images" in capsys.readouterr().out  # as many of each
     with pytest.raises(UserError, match="no more prompts than --count"):
         run(monkeypatch, tmp_path / "t.pt", *prompts, "--count", 1)
+    for more in (("--labels", 5), prompts):
+        with pytest.raises(UserError, match="each --prompt once, and no --labels beside it"):
+            run(monkeypatch, tmp_path / "t.pt", *prompts, *more, "--count", 8)

@@ -460,7 +460,16 @@ def test_an_export_in_the_way_cannot_be_continued(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(optimizer={}), dict(optimizer=[]), dict(model={}), dict(loss_sum="x"), dict(scaler="x")],
+    [
+        dict(optimizer={}),
+        dict(optimizer=[]),
+        dict(optimizer=dict(state={}, param_groups=[])),
+        dict(model={}),
+        dict(loss_sum="x"),
+        dict(scaler="x"),
+        dict(iteration=-5),
+        dict(iteration=31),
+    ],
 )
 def test_a_damaged_training_is_not_continued(tmp_path, change):
     file = tmp_path / "out.pt"
@@ -468,9 +477,32 @@ def test_a_damaged_training_is_not_continued(tmp_path, change):
         toy_train(file, at_iteration(10, crash), runtime=FLOAT16, save_seconds=-1)
     torch.save(read(file) | change, file)
     before = file.read_bytes()
-    with pytest.raises(UserError, match="out.pt (is damaged and cannot be|holds the weights of)"):
+    with pytest.raises(UserError, match="out.pt (is damaged|holds the weights of)"):
         toy_train(file, runtime=FLOAT16)
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("key, value", [("exp_avg", math.nan), ("exp_avg_sq", math.inf)])
+def test_moments_that_are_not_finite_are_not_continued(tmp_path, key, value):
+    file = tmp_path / "out.pt"
+    with pytest.raises(RuntimeError, match="the power went"):
+        toy_train(file, at_iteration(10, crash), save_seconds=-1)
+    content = read(file)
+    content["optimizer"]["state"][0][key].fill_(value)
+    torch.save(content, file)
+    with pytest.raises(UserError, match="moments are not those of the weights"):
+        toy_train(file)
+
+
+@pytest.mark.parametrize("part", ["ema", "model"])
+def test_weights_that_are_not_finite_are_not_continued(tmp_path, part):
+    file = tmp_path / "out.pt"
+    toy_train(file)
+    content = read(file)
+    content[part]["0.bias"].fill_(math.nan)
+    torch.save(content, file)
+    with pytest.raises(UserError, match="0.bias holds values that are not finite"):
+        toy_train(file)
 
 
 def test_a_lack_of_memory_names_the_batch(tmp_path):
