@@ -235,6 +235,7 @@ class TeacherRecord:
     class_weights: tuple[float, ...]  # the fraction of images in each class; (): all alike
     images: int  # that it was trained on
     training: Training
+    content: str = ""  # 16 digits that tell these images from others: Dataset.content_key
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,16 @@ class Dataset:
             images = images / 127.5 - 1
         return images.float(), torch.from_numpy(self.labels[index])
 
+    def content_key(self) -> str:
+        """16 hexadecimal digits that tell these images and labels from others. (Of latents, which
+        are many, a thousand are compared.)"""
+        in_memory = isinstance(self.images, np.ndarray)
+        images = self.images if in_memory else self.some(1000)[0].numpy()
+        digest = hashlib.sha256(repr((self.classes, images.shape)).encode())
+        digest.update(np.ascontiguousarray(images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()[:16]
+
     def some(self, count: int):
         """`count` images in random order (a data set may be sorted by class). They are always the
         same ones, and none comes twice."""

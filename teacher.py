@@ -258,6 +258,7 @@ def make_teacher(preset: Preset, dataset: data.Dataset) -> tuple[DiT, TeacherRec
         class_weights=dataset.class_weights,
         images=len(dataset),
         training=preset.teacher,
+        content=dataset.content_key(),
     )
     model = DiT(config)
     model.prompts = dataset.prompts

@@ -12,9 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import teacher
-from config import ODE, PRESETS
+from config import ODE, PRESETS, DataConfig
 from data import Dataset
 from files import UserError
 from teacher import (
@@ -28,7 +29,7 @@ from teacher import (
     teacher_loss,
     train_teacher,
 )
-from tiny import CPU, TEACHER
+from tiny import CPU, TEACHER, write_images
 
 ALPHA_BAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # ᾱ, as everybody computes it
 FLOW, DDPM_V = ODE("flow", "v", euler_steps=6), ODE("ddpm", "v", euler_steps=25)
@@ -277,3 +278,17 @@ def test_a_batch_is_a_function_of_the_iteration(batches):
         assert torch.equal(first, again)
     for one, other in zip(batches(3), batches(4), strict=True):
         assert not torch.equal(one, other)
+
+
+def test_other_images_of_the_same_number_are_another_training(tmp_path):
+    """Someone has put other pictures into the folder, under the same names."""
+    write_images(tmp_path / "images", each=20)
+    data = DataConfig(str(tmp_path / "images"), image_size=8, channels=3)
+    training = replace(TEACHER.training, iterations=2)
+    preset = replace(PRESETS["cifar10"], data=data, size="N/4", teacher=training)
+    train_teacher(preset, tmp_path / "teacher.pt", CPU)
+    train_teacher(preset, tmp_path / "teacher.pt", CPU)  # it is finished
+    for file in (tmp_path / "images" / "dog").iterdir():
+        Image.new("RGB", (8, 8), "red").save(file)
+    with pytest.raises(UserError, match="holds another training: content is"):
+        train_teacher(preset, tmp_path / "teacher.pt", CPU)
