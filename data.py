@@ -439,6 +439,8 @@ def fit_to_images(preset: Preset, flags) -> Preset:
     classes, files = list_images(Path(source))
     note_unread(Path(source))
     smallest, side, is_grey = survey(Path(source), files)
+    if not side:
+        raise UserError(f"none of the {len(files):,} images in {source} can be read")
     if flags.image_size is None and side < size:
         patch = parse_size(preset.size)["patch"]
         size = max(side // patch, 1) * patch
