@@ -29,27 +29,28 @@ One training pass reads the four states as one sequence, under the causal mask o
 computes all four next states at once. The states that it reads are the teacher's. As with language
 models, this is called *teacher forcing*.
 
-The first of three choices is what the sequence consists of, both what is read and what is the
-target. On it depends whether teacher forcing teaches a student to read x_T.
+Three settings follow. The first, `targets`, says what the sequence holds, as input and as target.
+Whether teacher forcing teaches a student to read x_T depends on it.
 
     targets     "states": the states x_τ of the ODE, as in the figure of the paper. With these,
                 teacher forcing hardly teaches the student to read x_T: each state determines all
                 later ones, and the current state is always right.
-                "x0": in the place of each state x_τ, the clean prediction x̂_0 from which the
-                teacher's last Euler step computed it, as in the authors' code. The first of these
-                are nearly the mean image of a class. They have lost what x_T says, so that the
-                student has to read x_T to know which image is being made. (We go on calling them
-                "states".)
+                "x0": in the place of each state after x_T, the clean prediction x̂_0 of the Euler
+                step that led to it, as in the authors' code. The first of these are nearly the mean
+                image of a class. They have lost what x_T says, so that the student has to read x_T
+                to know which image is being made. (We go on calling them "states". They keep the
+                timesteps of those that they replace.)
     output      what the network puts out: see sample.next_state
     on_policy   for this fraction of each batch, the student reads states that it has made itself,
                 from the same x_T. The targets stay the teacher's, so that the student must learn
                 to correct its own errors, for which it needs x_T. (Ours. DAgger, arXiv 1011.0686,
                 is alike, but asks the teacher again at each state that the student visits.)
 
-The default preset, `textures`, is to show what a history is for. It combines the two choices that
-make a student need it: clean predictions (after 2, 8, 16 and 24 Euler steps), and reading its own
-states only (on_policy = 1). The preset `shapes` learns states with a direction, teacher-forced,
-which copies the teacher best.
+The default preset, `textures`, is there to show what a history is for. It combines the two settings
+that make a student need it: clean predictions (after 2, 8, 16 and 24 Euler steps), and reading its
+own states only (on_policy = 1). It also has the noise shortcut of model.py, which is ours; the
+student without history, the *control*, has neither. The preset `shapes` uses states and a direction
+with teacher forcing alone. This copies the teacher best.
 
 The student needs no guidance, so that each step is a single network evaluation: if the teacher was
 guided, its states already contain the guidance.
@@ -60,9 +61,11 @@ guided, its states already contain the guidance.
     python distill.py --help             all that can be changed
 
 Results go into runs/PRESET, or the folder --out: student.pt, no-history.pt, result.json and
-pictures. If that folder holds a teacher.pt, this is the teacher, and its trajectories are written
-beside it. Otherwise they are written into runs/PRESET/trajectories, and the teacher is the one in
-runs/PRESET or, failing that, the shipped one. An interrupted run is continued.
+pictures. An interrupted run is continued. Where the teacher is looked for, and its trajectories:
+
+    a teacher.pt in that folder       trajectories beside it
+    else, a teacher.pt in runs/PRESET  runs/PRESET/trajectories
+    else, the shipped one in assets/   runs/PRESET/trajectories
 """
 
 import startup  # noqa: F401  before the large packages
@@ -199,8 +202,8 @@ def student_config(teacher_record: TeacherRecord, settings: StudentSettings):
 
 def initial_weights(model: DiT, teacher: DiT) -> dict:
     """The teacher's weights under the student's names: each output layer is a copy of the
-    teacher's, and what the teacher does not have (the noise shortcut, extra layers) is as it was
-    initialised, so that it adds zero."""
+    teacher's, and what the teacher does not have (the noise shortcut, extra layers) keeps its
+    initial weights, which add zero."""
     weights = teacher.state_dict()
     for layer in model.output_layer_names[1:]:
         for name, value in teacher.final_layer.state_dict().items():
@@ -276,7 +279,7 @@ def parse_flags():
     add_teacher_flags(parser)
     add_prompts_flag(parser)
     add("--trajectories", dest="folder", type=Path, metavar="DIR", help="read or written there")
-    add("--no-control", action="store_true", help="train no second student without history")
+    add("--no-control", action="store_true", help="do not train a student without history as well")
     add_student_flags(parser)
     add_training_flags(parser)
     return parser.parse_args()

@@ -20,14 +20,15 @@ this class:
 In shapes, b is the batch, s the number of states, n the number of tokens of a state. (In the
 paper's formulas, s is a step, and counts down from S.)
 
-Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
+The condition of a network is a class label or, in a *text network* (`config.reads_text`), a prompt;
+y is its number. Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
 
   1. Each state has a timestep of its own (the paper's "token-wise time embedding"). All states
      share the weights and the positions, so the timestep is what tells their tokens apart.
   2. In the first N layers (`history_layers`), those nearest the input, a state also attends to
      earlier states. In the later layers it attends only to itself. N = 0, or the mask "none", is
-     step distillation: the student sees its current state and nothing else. (Unless the noise
-     shortcut is on, an addition of ours: see add_noise_shortcut.)
+     step distillation: the student sees its current state and nothing else, except through the
+     noise shortcut, an addition of ours that can be switched on (add_noise_shortcut).
 
 The paper compares four masks, M1 to M4, for which earlier states are visible in those N layers.
 For S = 4, a row is the state that reads and a column is the state that is read:
@@ -42,9 +43,9 @@ For S = 4, a row is the state that reads and a column is the state that is read:
 `history_mask` returns exactly this, as a matrix over tokens. The network computes the same
 attention without the matrix: it hands the queries of each state only the keys that they may see.
 
-This file knows nothing of noise paths, data or losses. Its parameters have the public DiT's names,
-in which a transformer layer is a "block". To try it, with ModelConfig and parse_size of config.py
-(a fresh network outputs zeros):
+This file knows nothing of noise paths, data or losses. Parameters that the public DiT also has
+keep its names, in which a transformer layer is a "block". To try it, with ModelConfig and
+parse_size of config.py (a fresh network outputs zeros):
 
     config = ModelConfig(image_size=16, channels=3, classes=10, **parse_size("T/4"),
                          history="causal", history_layers=2)
@@ -68,7 +69,8 @@ from config import ModelConfig
 
 def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
     """The paper's mask as a matrix, (states·tokens, states·tokens): True where the token of a row
-    may read the token of a column. The network never builds it: see visible_keys."""
+    may read the token of a column. Tests and evaluate.py use it; the network slices
+    keys instead (visible_keys)."""
     query = torch.arange(states)[:, None]
     key = torch.arange(states)[None, :]
     visible = {
@@ -95,7 +97,8 @@ def visible_keys(kv: torch.Tensor, i: int, n: int, history: str) -> torch.Tensor
 
 class KVCache:
     """What the network remembers of the states that it has read, when it samples one state at a
-    time: their keys and values in the history layers. (The other layers never look back.)
+    time: their keys and values in the history layers (the other layers never look back), and what
+    all steps share, the noise shortcut and the text.
 
     `states_read`: how many have been read; DiT.forward counts them when a pass is over. A cache
     serves one batch of trajectories."""
@@ -147,9 +150,8 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426). It is the same for all
-    states of a trajectory, so its keys and values are computed once for a sample, and kept in the
-    cache in sampling."""
+    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426). All states of a trajectory
+    read the same text, so its keys and values are computed once a pass and, in sampling, cached."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -190,8 +192,7 @@ def modulate(x, shift, scale):
 class SharedAdaLN(nn.Module):
     """The modulation of a layer in a text network (PixArt-α's adaLN-single): all transformer layers
     share one linear map of the condition, DiT.shared_modulation, and each adds vectors of its own.
-    The output layer adds its vectors to the condition itself, once for the shift and once for the
-    scale."""
+    The output layer has no map: its shift and its scale are each the condition plus a vector."""
 
     def __init__(self, width: int, vectors: int):
         super().__init__()
@@ -255,7 +256,8 @@ class FinalLayer(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A timestep, 0 … 1000, as 256 sinusoids (cosines first), then a small MLP."""
+    """A timestep, 0 … 1000 (0 … 1 in SiT and REPA), as 256 sinusoids, cosines first; then a small
+    MLP."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -410,7 +412,7 @@ class DiT(nn.Module):
         return text
 
     def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text=None):
-        """Layer i; history is visible in the first `history_layers` of them. text: this layer's
+        """Layer i; history is visible in the first `history_layers` layers. text: this layer's
         part of what read_text returns."""
         history = self.config.history if i < self.config.history_layers else "none"
         use_compiled = self.compiled_blocks is not None and cache is None

@@ -13,8 +13,8 @@ The student needs no guidance: where its teacher was guided, the states that it 
 contain the guidance. So an image takes S network evaluations. The teacher's 24 Euler steps take 24,
 or 48 with guidance.
 
-In the code, `model` is the student's network, and `student` (config.Student) says what its S steps
-are: their times, the timesteps that the network is given, what is learned and what is put out.
+In the code, `model` is the student's network, and `student` (config.Student) describes its S steps:
+their times, the timesteps that the network is given, and what its output means.
 
     python sample.py                                 images from the shipped student, in four steps
     python sample.py assets/textures-teacher.pt      the same noises, its teacher's 24 steps
@@ -227,7 +227,7 @@ class Sampler:
         if not self.record.model.reads_text:
             raise UserError("this network is given classes, not text: use --labels, not --prompt")
         if self.record.data.source != "scenes":
-            raise UserError("this network reads text of T5: encode it (text.py), and use --prompts")
+            raise UserError("this network reads text of T5, from --prompts: leave out --prompt")
         self.model.prompts = Prompts(prompts, LONGEST_CAPTION)
         self.record = replace(self.record, classes=tuple(prompts))
         self.labels = list(range(len(prompts)))

@@ -15,10 +15,10 @@ categories of T2I-CompBench (arXiv 2307.06350): attribute binding, spatial relat
 
 Objects stand in the cells of a 3×3 grid, a little off their centres. A cell is one patch of the
 network, so that each token shows one object, or none. A small network learns that within an hour on
-a CPU. Where objects stand anywhere, it takes many times as long.
+a CPU. Where objects may stand anywhere, learning takes many times as long.
 
 A fifth of the colour–shape pairs never occur in training captions (`HELD_OUT`): do networks that
-have seen red stars and blue rings draw a blue star?
+have seen red stars and cyan rings draw a cyan star?
 """
 
 import math
@@ -268,14 +268,13 @@ def dilate(mask: np.ndarray) -> np.ndarray:
 def read_scene(image: np.ndarray) -> list[Thing]:
     """The things in a picture (3, SIZE, SIZE), uint8. Regions that are brighter than the ground are
     things; their colour is the nearest of the palette, their shape the template with the largest
-    overlap (intersection over union of covers). A region that resembles no shape is not a thing."""
+    overlap (intersection over union of covers). A region that resembles no shape is not a thing,
+    and counts neither for nor against a caption."""
     brightness = image.max(axis=0).astype(np.float32)
     things = []
     for region in connected_components(brightness > 120):
-        if region.sum() < 4:  # pixels: noise
-            things.append(None)
-            continue
-        things.append(read_thing(image, dilate(region)))
+        if region.sum() >= 4:  # pixels; less is noise
+            things.append(read_thing(image, dilate(region)))
     return [thing for thing in things if thing is not None]
 
 
@@ -300,8 +299,8 @@ def read_thing(image: np.ndarray, region: np.ndarray) -> Thing | None:
 
 
 def nearest_colour(pixels: np.ndarray) -> str:
-    """The palette's colour of some pixels (3, m), which mix it with the ground: that whose
-    direction from the ground is nearest to the direction of their mean."""
+    """The palette's colour of pixels (3, m) that are partly ground: the one whose direction from
+    the ground is closest in angle to that of their mean."""
     ground = np.array(GROUND, np.float32)
     mean = pixels.mean(axis=1) - ground
     cosines = {}
@@ -320,7 +319,7 @@ def score(caption: Caption, things: list[Thing]) -> dict[str, float]:
     binding     every thing that the caption names is there, with its colour and its shape
     count       there are as many things as it names
     relation    the named things are there and stand as it says (captions with a relation only)
-    all         all of these
+    all         1 where all of these are 1
     """
     found = [(thing.colour, thing.shape) for thing in things]
     binding = all(found.count(pair) >= caption.things.count(pair) for pair in caption.things)
@@ -332,7 +331,8 @@ def score(caption: Caption, things: list[Thing]) -> dict[str, float]:
 
 def adherence(images: np.ndarray, captions: list[Caption]) -> dict[str, float]:
     """The mean scores of images (n, 3, SIZE, SIZE), uint8, each made for its caption: the fraction
-    of which all is right, for each category and in all; then binding, relation and count."""
+    that is wholly right, for each category and in all; then the means of binding, relation and
+    count."""
     scores = [score(c, read_scene(image)) for c, image in zip(captions, images, strict=True)]
     means = {}
     for category in CATEGORIES:

@@ -1,5 +1,5 @@
-"""What every program imports first. To import PyTorch takes seconds; where a program is stopped
-then, or where a package is missing or broken, it ends with one line instead of a traceback."""
+"""What every program imports first. Importing PyTorch takes seconds. Ctrl-C in that time, or a
+package that cannot be imported, ends the program with one line instead of a traceback."""
 
 import sys
 from pathlib import Path

@@ -110,6 +110,7 @@ class DDPM:
         return torch.cat([integers, torch.tensor([self.t_image])]).float()
 
     def draw_times(self, count: int, rng: np.random.Generator, noisier: float) -> torch.Tensor:
+        """Training times, uniform. (`noisier` is for flow matching.)"""
         return torch.from_numpy(rng.integers(0, 1000, count).astype(np.float32))
 
 
@@ -171,9 +172,9 @@ def euler_step(ode: ODE, output, x, t, t_next):
 
 
 def guided_output(model, ode: ODE, x, timestep, y):
-    """Classifier-free guidance (arXiv 2207.12598): uncond + scale·(cond − uncond). It evaluates
-    the network twice for each sample, here as one batch of double size. x: (b, c, h, w);
-    timestep: (); y: (b,). (The public DiT guides three of its four channels only.)"""
+    """Classifier-free guidance (arXiv 2207.12598): uncond + scale·(cond − uncond). Unless the
+    scale is 1, it evaluates the network twice for each sample, as one batch of double size.
+    x: (b, c, h, w); timestep: (); y: (b,). (The public DiT guides three of four channels only.)"""
     def run(x, y):
         output = model(rearrange(x, "b c h w -> b 1 c h w"), timestep[None], y)
         return rearrange(output, "b 1 c h w -> b c h w").float()
@@ -298,12 +299,13 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
 
 
 def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime):
-    """Write a sheet of 80 of the teacher's images, of its classes in turn. Latents and points are
-    not pictures, and for them nothing is written."""
+    """Write a sheet of 80 of the teacher's images: of up to ten classes in turn or, of more than 80
+    classes, of 80 that are spread evenly. Of latents and points, which are not pictures, nothing is
+    written."""
     if record.model.channels not in (1, 3):
         return
     count, classes = 80, record.model.classes
-    shown = min(classes, 10) if classes <= count else count  # of very many, some from everywhere
+    shown = min(classes, 10) if classes <= count else count
     y = torch.arange(count) % shown * (classes // shown)
     x_T, _ = data.noise_and_labels(record, record.training.seed, range(count))
     with runtime.autocast():

@@ -3,9 +3,9 @@
 How a caption reaches an image:
 
     "a red star"                              a prompt, one of a list
-      → an encoder            (l, d)          a vector for each word, or token; zeros fill up behind
+      → an encoder            (l, d)          a vector for each word, or token; then zeros
       → DiT.text_embedder     (l, width)      a small MLP
-      → CrossAttention        in every layer, each token of each state reads all of these vectors
+      → CrossAttention        in every layer, each token of each state reads those of words
 
 Wherever a class network has the number of a class, a text network has the *number of a prompt* in a
 list, `Prompts`. So sampling, guidance, trajectories and distillation are the same for both. Number
@@ -13,9 +13,9 @@ list, `Prompts`. So sampling, guidance, trajectories and distillation are the sa
 
 There are two encoders:
 
-    words    for the scenes of scenes.py: a fixed random vector for each word, that of the word
-             before it (which tells whose colour a colour is), and sinusoids for its place in the
-             caption. Nothing is learned and nothing is downloaded.
+    words    for the scenes of scenes.py. A word becomes three parts, joined: a fixed random vector
+             for itself; the vector of the word before it, so that "star" knows that it is red; and
+             sinusoids for its place in the caption. This encoder is not learned.
     T5       for the public networks. `transformers` encodes a file of prompts, one a line, once:
 
                  python text.py --prompts FILE --encoder google/t5-v1_1-xxl --out DIR
@@ -63,7 +63,7 @@ def places(length: int) -> np.ndarray:
 
 
 def encode_words(caption: str, length: int) -> np.ndarray:
-    """A caption as vectors, (length, TEXT_WIDTH); rows behind its last word are zero. Raises
+    """A caption as vectors, (length, TEXT_WIDTH); rows after its last word are zero. Raises
     UserError for a word that is in no caption of scenes.py, and prints a note where words beyond
     `length` are left out."""
     words = re.sub(r"[.,;:!?]", " ", caption.lower()).split() or [""]
@@ -133,7 +133,7 @@ class EncodedPrompts:
         self.count, self.width = meta["count"], meta["width"]
         record = prompt_record(meta["length"], self.width)
         self.shards = Shards(folder, record, number_of_shards(self.count + 1))
-        # What these vectors are, for whoever stores results of them.
+        # Tells these vectors from others, in what is stored of results with them.
         self.fingerprint = f"{meta['prompts']}-{meta['encoder']}"
         self.latest = torch.empty(0).long(), None  # numbers, and their vectors
 
@@ -192,7 +192,7 @@ def read_prompts(file: Path) -> list[str]:
 def load_t5(name: str, device):
     """The tokenizer and the encoder of a T5, from a folder or by its name. Raises UserError where
     they, or the package, are not to be had."""
-    # These modules, rather than the package, since it imports them only when they are used.
+    # The package imports lazily. Naming its modules shows here whether they can be imported.
     t5 = optional_import("transformers.models.t5.modeling_t5")
     auto = optional_import("transformers.models.auto.tokenization_auto")
     try:

@@ -161,7 +161,6 @@ BAD = [
     ("GAN --iterations 100", "the first 200 iterations have no GAN loss"),
     ("GAN --compile", "--compile is for the first stage"),
     ("GAN --batch 12", "a batch of 12 cannot be split"),
-    ("TEACHER --preset points --size Q/1", "no model size 'Q/1'"),
     ("TEACHER --preset points --size N/2", "1 pixels cannot be cut into patches of 2"),
     ("TEACHER --preset points --predicts eps", "use --predicts v, or --noise-path ddpm"),
     ("TRAJECTORIES --kept-steps 3 2 8", "rising numbers of steps, the last after 24"),

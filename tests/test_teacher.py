@@ -6,6 +6,7 @@ carries x_T to an image by one affine map. So most "networks" here are a few lin
 exactly what a perfect network would.
 """
 
+import argparse
 import math
 from dataclasses import replace
 
@@ -292,3 +293,9 @@ def test_other_images_of_the_same_number_are_another_training(tmp_path):
         Image.new("RGB", (8, 8), "red").save(file)
     with pytest.raises(UserError, match="holds another training: content is"):
         train_teacher(preset, tmp_path / "teacher.pt", CPU)
+
+
+def test_names_of_sizes_are_checked_before_the_work():
+    assert teacher.model_size("XS/7") == "XS/7"
+    with pytest.raises(argparse.ArgumentTypeError, match="no model size 'Q/1': write SIZE/PATCH"):
+        teacher.model_size("Q/1")
