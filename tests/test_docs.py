@@ -142,7 +142,7 @@ def tables() -> dict[str, str]:
     found["summary"] = summary_table()
     found["second stage"] = second_stage_table()
     found["goals"] = goals_table()
-    columns = evaluate.COLUMNS | evaluate.MORE_COLUMNS
+    columns = evaluate.COLUMNS | evaluate.MORE_COLUMNS | evaluate.ADHERENCE_COLUMNS
     for file in sorted(RESULTS.glob("*.json")):
         content = json.loads(file.read_text())
         if "exposure_bias" in content:
