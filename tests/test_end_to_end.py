@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,19 +82,12 @@ def test_a_shipped_student_makes_its_teachers_images(name):
     assert teacher_record.training == PRESETS[preset].teacher
     assert record.training == PRESETS[preset].distillation
     x_T, y = data.noise_and_labels(record, data.EVALUATION_SEED, range(64))
-    images = {}
-    for euler_steps in (record.student.ode.euler_steps, record.student.steps):
-        ode = replace(record.student.ode, euler_steps=euler_steps)
-        images[euler_steps] = solve(teacher, ode, x_T, y)[0][:, -1]
-    full, few = images.values()
-    assert full.std() > 0.3  # pictures, not grey
-    student = few_step(model, record.student, x_T, y)[:, -1]
-    errors = [(x - full).square().mean() for x in (student, few)]
-    if record.student.targets == "states":
-        assert errors[0] < errors[1] / 2
-    else:  # x0 predictions are no way to copy best; but it makes the teacher's image, not another
-        others = (student.roll(1, dims=0) - full).square().mean()
-        assert errors[0] < 0.03 < others / 5
+    states, _ = solve(teacher, record.student.ode, x_T, y)
+    full, student = states[:, -1], few_step(model, record.student, x_T, y)[:, -1]
+    assert full.std() > 0.2  # pictures, not grey
+    error = (student - full).square().mean()
+    others = (student.roll(1, dims=0) - full).square().mean()  # images of other noises
+    assert error < 0.03 and error < others / 5
 
 
 def test_what_is_shipped_is_small():
