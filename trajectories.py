@@ -165,7 +165,9 @@ class Trajectories:
         record: TrajectoryRecord,
         student: StudentSettings,
         count: int,
+        classes: int,
     ):
+        self.folder, self.classes = folder, classes
         self.ode = record.ode
         self.target_steps = choose_targets(record, student)
         self.seed = record.seed
@@ -178,14 +180,18 @@ class Trajectories:
         return self.count
 
     def batch(self, indices):
-        """Trajectories (b, S + 1, c, h, w), x_T first and the image last, and their labels (b,)."""
+        """Trajectories (b, S + 1, c, h, w), x_T first and the image last, and their labels (b,).
+        Raises UserError where a shard is damaged."""
         x, y = [], []
         for i in indices:
             x_T = self.shards.value("x_T", i)
             targets = self.shards.value(self.column, i)[self.targets]       # (S, c, h, w)
             x.append(np.concatenate([x_T[None], targets]))
             y.append(int(self.shards.value("label", i)))
-        return torch.from_numpy(np.stack(x)).float(), torch.tensor(y)
+        x = np.stack(x)
+        if not np.isfinite(x).all() or min(y) < 0 or max(y) >= self.classes:
+            raise UserError(f"a shard in {self.folder} is damaged: remove the folder")
+        return torch.from_numpy(x).float(), torch.tensor(y)
 
 
 # ---- 3. Writing trajectories ---------------------------------------------------------------------
@@ -275,7 +281,7 @@ def open_trajectories(
         f"learning from {count:,} trajectories in {folder}: {record.ode.euler_steps} Euler steps, "
         f"guidance scale {record.ode.guidance_scale:g}"
     )
-    return Trajectories(folder, record, student, count)
+    return Trajectories(folder, record, student, count, teacher_record.model.classes)
 
 
 # ---- 4. The program ------------------------------------------------------------------------------
