@@ -61,11 +61,11 @@ guided, its states already contain the guidance.
     python distill.py --help             all that can be changed
 
 Results go into runs/PRESET, or the folder --out: student.pt, no-history.pt, result.json and
-pictures. An interrupted run is continued. Where the teacher is looked for, and its trajectories:
+pictures. An interrupted run is continued. These are the teacher, and where its trajectories are:
 
-    a teacher.pt in that folder       trajectories beside it
-    else, a teacher.pt in runs/PRESET  runs/PRESET/trajectories
-    else, the shipped one in assets/   runs/PRESET/trajectories
+    a teacher.pt in that folder           beside it
+    else, a teacher.pt in runs/PRESET     runs/PRESET/trajectories
+    else, the shipped one, in assets/     runs/PRESET/trajectories
 """
 
 import startup  # noqa: F401  before the large packages

@@ -5,7 +5,7 @@ How a caption reaches an image:
     "a red star"                              a prompt, one of a list
       → an encoder            (l, d)          a vector for each word, or token; then zeros
       → DiT.text_embedder     (l, width)      a small MLP
-      → CrossAttention        in every layer, each token of each state reads those of words
+      → CrossAttention        in every layer, the tokens of all states read the vectors, but no zeros
 
 Wherever a class network has the number of a class, a text network has the *number of a prompt* in a
 list, `Prompts`. So sampling, guidance, trajectories and distillation are the same for both. Number
@@ -14,8 +14,8 @@ list, `Prompts`. So sampling, guidance, trajectories and distillation are the sa
 There are two encoders:
 
     words    for the scenes of scenes.py. A word becomes three parts, joined: a fixed random vector
-             for itself; the vector of the word before it, so that "star" knows that it is red; and
-             sinusoids for its place in the caption. This encoder is not learned.
+             for itself; the vector of the word before it, so that that of "star" also says "red";
+             and sinusoids for its place in the caption. This encoder is not learned.
     T5       for the public networks. `transformers` encodes a file of prompts, one a line, once:
 
                  python text.py --prompts FILE --encoder google/t5-v1_1-xxl --out DIR
