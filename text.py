@@ -5,7 +5,7 @@ How a caption reaches an image:
     "a red star"                              a prompt, one of a list
       → an encoder            (l, d)          a vector for each word, or token; then zeros
       → DiT.text_embedder     (l, width)      a small MLP
-      → CrossAttention        in every layer, the tokens of all states read the vectors, but no zeros
+      → CrossAttention        in every layer, the tokens of all states read the vectors
 
 Wherever a class network has the number of a class, a text network has the *number of a prompt* in a
 list, `Prompts`. So sampling, guidance, trajectories and distillation are the same for both. Number
