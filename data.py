@@ -37,7 +37,7 @@ from numpy.random import Generator, Philox
 from PIL import Image, ImageOps
 
 from config import DataConfig, Preset, StudentRecord, TeacherRecord, parse_size
-from figures import new_figure, save_figure
+from figures import new_figure, plain, save_figure
 from files import UserError, replace_file
 from machine import Progress
 from scenes import caption_list, caption_weights, draw_cover, draw_scenes
@@ -658,7 +658,7 @@ def draw_images(rows: dict[str, torch.Tensor], file: Path, title: str = ""):
     axis.imshow(sheet)
     height = sheet.height / len(rows)
     middles = [height * (i + 0.5) for i in range(len(rows))]
-    axis.set_yticks(middles, rows)
+    axis.set_yticks(middles, [plain(label) for label in rows])
     axis.tick_params(length=0)
     axis.set(xticks=[], title=title)
     axis.spines[:].set_visible(False)

@@ -66,7 +66,7 @@ from config import (
     Training,
     parse_size,
 )
-from figures import draw_curves, draw_losses, new_figure, save_figure
+from figures import draw_curves, draw_losses, new_figure, plain, save_figure
 from files import (
     UserError,
     fingerprint,
@@ -701,7 +701,7 @@ def draw_paths(paths: dict[str, torch.Tensor], y, real, file: Path):
             axis.plot(*path.T, f"C{k}.-", linewidth=0.7, markersize=2, alpha=0.35)
             axis.plot(*path[-1], f"C{k}o", markersize=3.5)
             axis.plot(*torch.stack([path[-1], goal]).T, "r-", linewidth=2)
-        axis.set_title(label.replace(" (", "\n("), fontsize=9)
+        axis.set_title(plain(label).replace(" (", "\n("), fontsize=9)
         axis.set(aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), xticks=[], yticks=[])
     save_figure(figure, file)
 
@@ -764,7 +764,7 @@ def draw_attention(shares: dict[str, list], file: Path):
         axis.set_xticks(range(len(states)), states)
         axis.set_yticks(range(len(layers)))
         axis.set_ylabel("layer, counted from 0")
-        axis.set_title(f"{name}: what the last step reads, %")
+        axis.set_title(f"{plain(name)}: what the last step reads, %")
     save_figure(figure, file)
 
 

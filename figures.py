@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 
 from files import replace_file
 
@@ -14,9 +13,12 @@ def new_figure(width: float, height: float, columns: int = 1):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def plain(label: str) -> str:
+    """A label in which a "$", as in the name of a folder, begins no formula."""
+    return label.replace("$", r"\$")
+
+
 def save_figure(figure: Figure, file: Path):
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a "$" in the name of a folder is no formula
     replace_file(file, lambda opened: figure.savefig(opened, dpi=110, bbox_inches="tight"))
 
 
@@ -24,7 +26,7 @@ def draw_curves(curves: list[tuple], file: Path, **words):
     """Curves (x, y, format, label), y on a logarithmic axis. `words`: title, xlabel and ylabel."""
     figure, [axis] = new_figure(6.5, 4.2)
     for x, y, style, label in curves:
-        axis.plot(x, y, style, label=label)
+        axis.plot(x, y, style, label=plain(label))
     axis.set(yscale="log", **words)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)

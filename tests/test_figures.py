@@ -1,7 +1,9 @@
 """Figures are files that can be opened, and show a curve for each training."""
 
+from matplotlib.text import Text
 from PIL import Image
 
+import figures
 from figures import draw_losses, new_figure
 
 
@@ -17,3 +19,14 @@ def test_a_curve_for_each_training(tmp_path):
 def test_panels_stand_side_by_side():
     _, axes = new_figure(4, 3, columns=3)
     assert axes.shape == (3,)
+
+
+def test_a_dollar_in_a_name_is_no_formula(tmp_path, monkeypatch):
+    """And the powers of ten at a logarithmic axis stay formulas."""
+    saved = []
+    save = figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda *given: (save(*given), saved.append(given)))
+    draw_losses({"a$^$b": [(50, 0.4), (100, 0.0004)]}, tmp_path / "a.png")
+    texts = saved[0][0].findobj(Text)
+    assert {r"a\$^\$b", r"$\mathdefault{10^{-3}}$"} <= {text.get_text() for text in texts}
+    assert all(text.get_parse_math() for text in texts)
