@@ -144,9 +144,8 @@ def add_training_flags(parser):
         help="recompute activations in the backward pass, which saves memory",
     )
     add("--accumulate", type=positive_int, metavar="K", help="split a batch into K micro-batches")
-    add("--compile", action="store_true", help="torch.compile: starts slowly, then trains faster")
     add("--export", type=export_file, metavar="FILE", help="also write the result, in float16")
-    add_machine_flags(parser)
+    add_machine_flags(parser, can_compile=True)
 
 
 def add_worker_flag(parser):

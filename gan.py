@@ -244,10 +244,14 @@ class GANTrainer:
         student.pos_embed.requires_grad_(False)
         student.checkpointing = runtime.checkpointing
         torch.manual_seed(settings.seed)
+        teacher = copy.copy(teacher)  # it shares the weights
         discriminator = Discriminator(teacher, record.student.ode, gan).to(device)
 
         self.student, self.discriminator = student, discriminator
         self.ema = copy.deepcopy(student).eval().requires_grad_(False)
+        if runtime.compile:
+            student.compile_layers()
+            teacher.compile_layers()
         self.optimizer = training.make_optimizer(student, settings.lr)
         self.discriminator_optimizer = training.make_optimizer(discriminator, gan.discriminator_lr)
         # Under torchrun, these average their gradients over all processes.
@@ -375,11 +379,6 @@ class GANTrainer:
 
 def check_settings(gan: GAN, settings: Training, runtime: Runtime):
     """Raises UserError for settings with which this stage cannot work."""
-    if runtime.compile:
-        raise UserError(
-            "--compile is for the first stage: λ needs a second backward pass, which compiled "
-            "layers do not allow"
-        )
     pieces = world_size() * runtime.accumulate
     if settings.batch % (GROUP * pieces):
         raise UserError(

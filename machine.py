@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from files import UserError, one_line
 
@@ -28,7 +29,7 @@ class Runtime:
     dtype: torch.dtype = torch.float32  # of matrix products; the weights are float32
     checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     accumulate: int = 1  # micro-batches of a batch, to save memory
-    compile: bool = False  # torch.compile the layers in training
+    compile: bool = False  # torch.compile the layers of networks
 
     def autocast(self):
         """The context in which networks run: matrix products in `dtype`."""
@@ -36,6 +37,23 @@ class Runtime:
         is_short = self.dtype != torch.float32
         dtype = self.dtype if is_short else None
         return torch.autocast(self.device.type, dtype, enabled=is_short, cache_enabled=False)
+
+    def prepare(self, model):
+        """Make ready a network that is not trained, and is only called within `autocast`. The
+        weights of its matrix products are stored in `dtype`: autocast would convert them in every
+        call, to the same values."""
+        for layer in model.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.to(self.dtype)
+        if self.compile:
+            model.compile_layers()
+
+    @property
+    def can_record(self) -> bool:
+        """Whether training passes are recorded as a CUDA graph (training.RecordedPass). That is for
+        small networks: large ones are compiled or checkpointed, or shared between processes."""
+        is_large = self.compile or self.checkpointing or world_size() > 1
+        return self.device.type == "cuda" and self.dtype != torch.float16 and not is_large
 
     @property
     def precision(self) -> str:
@@ -48,7 +66,7 @@ class Runtime:
         return 32 if self.device.type == "cpu" else 256
 
 
-def add_machine_flags(parser):
+def add_machine_flags(parser, can_compile=False):
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device", default="auto", help="auto, cuda, mps or cpu (default: auto)"
@@ -59,6 +77,10 @@ def add_machine_flags(parser):
         help="matrix products in bfloat16 where the hardware has it, or in float16 on older GPUs "
         "(default: in training, as the preset says; elsewhere, no)",
     )
+    if can_compile:
+        group.add_argument(
+            "--compile", action="store_true", help="torch.compile: starts slowly, then runs faster"
+        )
 
 
 def runtime_from(flags, bf16=False, checkpointing=False) -> Runtime:

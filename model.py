@@ -105,18 +105,9 @@ class KVCache:
 
     def __init__(self):
         self.states_read = 0
-        self.keys_values = {}  # Attention -> its keys and values, (2, b, heads, states_read·n, d)
+        self.past = {}  # number of a history layer -> the keys and values of each state
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
         self.text = None  # see DiT.read_text
-
-    def append(self, layer, kv):
-        """Store the keys and values (2, b, heads, s·n, d) of s new states; return those of all
-        states so far."""
-        if layer in self.keys_values:
-            kv = torch.cat([self.keys_values[layer], kv], dim=3)
-        self.keys_values[layer] = kv
-        return kv
-
 
 # ---- 2. A transformer layer ----------------------------------------------------------------------
 
@@ -128,7 +119,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, history: str, cache: KVCache | None):
+    def forward(self, x, history: str, past: list | None):
+        """past: keys and values of the states that were read before, (2, b, heads, n, d) each, to
+        which those of x are appended; or None, where x holds all states."""
         b, s, n, _ = x.shape                                                # (b, s, n, width)
         split = dict(three=3, h=self.heads)
         if history == "none":
@@ -139,9 +132,10 @@ class Attention(nn.Module):
 
         qkv = rearrange(self.qkv(x), "b s n (three h d) -> three b h (s n) d", **split)
         q, kv, first = qkv[0], qkv[1:], 0
-        if cache is not None:
-            first = cache.states_read
-            kv = cache.append(self, kv)
+        if past is not None:
+            first = len(past)
+            past.extend(kv.split(n, dim=3))
+            kv = torch.cat(past, dim=3)
         outputs = []  # one for each state; rearrange stacks them
         for i, query in enumerate(q.split(n, dim=2), start=first):          # (b, h, n, d)
             seen = visible_keys(kv, i, n, history)                          # (2, b, h, …, d)
@@ -220,14 +214,14 @@ class Block(nn.Module):
         else:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, history: str = "none", cache: KVCache | None = None, text=None):
-        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; text: this
-        layer's part of what DiT.read_text returns."""
+    def forward(self, x, c, history: str = "none", past: list | None = None, text=None):
+        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; past: see
+        Attention; text: this layer's part of what DiT.read_text returns."""
         modulation = self.adaLN_modulation(c)                               # once per state
         modulation = rearrange(modulation, "b s (six d) -> six b s 1 d", six=6)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         attn_input = modulate(self.norm1(x), shift_attn, scale_attn)
-        x = x + gate_attn * self.attn(attn_input, history, cache)
+        x = x + gate_attn * self.attn(attn_input, history, past)
         if text is not None:
             x = x + self.cross_attn(x, *text)
         mlp_input = modulate(self.norm2(x), shift_mlp, scale_mlp)
@@ -415,20 +409,22 @@ class DiT(nn.Module):
         """Layer i; history is visible in the first `history_layers` layers. text: this layer's
         part of what read_text returns."""
         history = self.config.history if i < self.config.history_layers else "none"
-        use_compiled = self.compiled_blocks is not None and cache is None
-        layer = self.compiled_blocks[i] if use_compiled else self.blocks[i]
+        past = None
+        if cache is not None and history != "none":
+            past = cache.past.setdefault(i, [])
+        layer = (self.compiled_blocks or self.blocks)[i]
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(
                 layer,
                 tokens,
                 c,
                 history,
-                cache,
+                past,
                 text,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return layer(tokens, c, history, cache, text)
+        return layer(tokens, c, history, past, text)
 
     def output(self, tokens, c, cache: KVCache | None = None):
         """Tokens (b, s, n, width) to outputs of the shape of the states, (b, s, c, h, w)."""
@@ -452,6 +448,7 @@ class DiT(nn.Module):
         return out[:, :, : config.channels]  # without the variance of learn_sigma
 
     def compile_layers(self):
-        """Use torch.compile for passes without a cache, that is, in training. The layers are
-        compiled one by one; having the same code, they share their compiled graphs."""
+        """Use torch.compile. The layers are compiled one by one; having the same code, they share
+        their compiled graphs."""
+        torch._dynamo.reset()  # the graphs of earlier models count against a limit
         self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]

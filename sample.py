@@ -28,6 +28,7 @@ import startup  # noqa: F401  before the large packages
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,13 @@ def student_times(student: Student) -> torch.Tensor:
     return path.times(student.ode.euler_steps)[[0, *student.target_steps]]
 
 
+@lru_cache
+def times_on(device: torch.device, student: Student):
+    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Made once
+    for each device, since a copy to a GPU cannot be recorded in a CUDA graph.)"""
+    return student_times(student).to(device), torch.tensor(student.timesteps, device=device)
+
+
 def next_state(student: Student, output, x, t, t_next):
     """The state that follows from the network's output at (x, t).
 
@@ -89,8 +97,7 @@ def next_state(student: Student, output, x, t, t_next):
 def few_step(model, student: Student, x_T, y, steps: int | None = None):
     """A student's trajectory: x_T and the S states that it makes, of which the last is its image,
     (b, S + 1, c, h, w). x_T: (b, c, h, w); y: (b,). `steps`: stop after so many of the S."""
-    times = student_times(student).to(x_T.device)                           # (S + 1,)
-    timesteps = torch.tensor(student.timesteps, device=x_T.device)          # (S,)
+    times, timesteps = times_on(x_T.device, student)                        # (S + 1,), (S,)
     states, cache = [x_T], KVCache()
     for i in range(student.steps if steps is None else steps):  # the paper's s is S − i
         x = states[-1]                                                      # (b, c, h, w)
@@ -105,10 +112,9 @@ def predict_all(model, student: Student, states, y):
     first: all in one pass. This is how it is trained. Given the first S states that `few_step` has
     made, it returns the last S (but for rounding)."""
     s = states.shape[1]
-    times = student_times(student)[: s + 1].to(states.device)
-    timesteps = torch.tensor(student.timesteps[:s], device=states.device)
-    output = model(states, timesteps, y).float()                            # (b, s, c, h, w)
-    return next_state(student, output, states, times[:-1], times[1:])
+    times, timesteps = times_on(states.device, student)                     # (S + 1,), (S,)
+    output = model(states, timesteps[:s], y).float()                        # (b, s, c, h, w)
+    return next_state(student, output, states, times[:s], times[1 : s + 1])
 
 
 def implied_x0(ode: ODE, states, times):
@@ -181,7 +187,7 @@ def parse_flags():
     group.add_argument("--euler-steps", type=positive_int, help="default: its own")
     group.add_argument("--guidance-scale", type=non_negative, help="default: its own; 1 is none")
     add_teacher_kind(group)
-    add_machine_flags(parser)
+    add_machine_flags(parser, can_compile=True)
     return parser.parse_args()
 
 
@@ -221,6 +227,7 @@ class Sampler:
             raise UserError("points are not pictures: evaluate.py draws them in the plane")
         if flags.prompt:
             self.read_prompts(flags.prompt)
+        self.runtime.prepare(self.model)
 
     def read_prompts(self, prompts: list[str]):
         """Make images for these prompts in turn, in place of the captions of training."""

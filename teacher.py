@@ -31,6 +31,7 @@ import startup  # noqa: F401  before the large packages
 
 import argparse
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -84,21 +85,25 @@ class DDPM:
 
     t_noise, t_image = 999, -1
 
-    def __init__(self):
+    @staticmethod
+    @lru_cache
+    def tables(device: torch.device):
+        """α and σ at t = −1, 0, …, 999. (Made once for each device, since a copy to a GPU cannot be
+        recorded in a CUDA graph.)"""
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        alpha_bar = torch.cumprod(1 - beta, dim=0)
         image = torch.ones(1, dtype=torch.float64)
-        self.alpha_bar = torch.cat([image, alpha_bar])  # ᾱ at t = −1, 0, …, 999
-
-    def look_up(self, table, t):
-        t = torch.as_tensor(t)
-        return table.float().to(t.device)[t.long() + 1]
+        alpha_bar = torch.cat([image, torch.cumprod(1 - beta, dim=0)])
+        return alpha_bar.sqrt().float().to(device), (1 - alpha_bar).sqrt().float().to(device)
 
     def alpha(self, t):
-        return self.look_up(self.alpha_bar.sqrt(), t)
+        t = torch.as_tensor(t)
+        alpha, _ = self.tables(t.device)
+        return alpha.take(t.long() + 1)
 
     def sigma(self, t):
-        return self.look_up((1 - self.alpha_bar).sqrt(), t)
+        t = torch.as_tensor(t)
+        _, sigma = self.tables(t.device)
+        return sigma.take(t.long() + 1)
 
     def timestep(self, t):
         return t

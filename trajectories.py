@@ -19,6 +19,7 @@ distill.py writes the trajectories that it needs. This program does it before, o
 
 import startup  # noqa: F401  before the large packages
 
+import copy
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -210,10 +211,12 @@ def write_trajectories(
     kept. `worker`: see start_shards. Raises UserError where the folder holds something else."""
     shards = ceil(count / SHARD)
     missing = start_shards(folder, asdict(record), record.dtype, shards, worker)
+    solver = copy.deepcopy(teacher)  # students start from the teacher's own weights
+    runtime.prepare(solver)
     for number in Progress("shards of trajectories", missing, unit="trajectories", size=SHARD):
         indices = range(number * SHARD, (number + 1) * SHARD)
         x_T, y = noise_and_labels(teacher_record, record.seed, indices)
-        states, x0 = solve_in_float16(teacher, record, x_T, y, runtime)
+        states, x0 = solve_in_float16(solver, record, x_T, y, runtime)
         if not (states.isfinite().all() and x0.isfinite().all()):
             raise UserError(
                 "the teacher's ODE leads to infinite values: was its training cut short, or is the "
@@ -310,7 +313,7 @@ def parse_flags():
     group = parser.add_argument_group("ODE (default: the teacher's own)")
     group.add_argument("--guidance-scale", type=non_negative, help="1 is none")
     group.add_argument("--euler-steps", type=positive_int)
-    add_machine_flags(parser)
+    add_machine_flags(parser, can_compile=True)
     return parser.parse_args()
 
 

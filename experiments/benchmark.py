@@ -318,7 +318,6 @@ class TrainingBench:
     state and the teacher."""
 
     def __init__(self, bench: Bench):
-        torch._dynamo.reset()  # each measurement compiles for its own shapes
         self.bench = bench
         self.model = random_network(bench.config, bench.device).train()
         self.model.pos_embed.requires_grad_(False)
@@ -432,10 +431,9 @@ def measure_large_batch(bench: Bench) -> dict[str, dict]:
 
 def measure_sampling(bench: Bench) -> dict[str, dict]:
     """Four steps with history and without, four steps of the reference, and the teacher's 25."""
-    torch._dynamo.reset()
-    model = random_network(bench.config, bench.device).eval().requires_grad_(False)
-    if bench.runtime.compile:
-        model.compile_layers()
+    exact = random_network(bench.config, bench.device).eval().requires_grad_(False)
+    model = copy.deepcopy(exact)
+    bench.runtime.prepare(model)
     without = variant(model, history_layers=0)
     x_T, y = bench.noise(bench.sample_batch, 4, 32, 32), bench.labels(bench.sample_batch)
 
@@ -454,11 +452,13 @@ def measure_sampling(bench: Bench) -> dict[str, dict]:
     jobs = {
         "ours": job(model, bench.runtime, model.config),
         "ours, N = 0": job(without, bench.runtime, without.config),
-        "dense reference": job(DenseReference(model), bench.exact),
+        "dense reference": job(DenseReference(exact), bench.exact),
     }
     if bench.on_gpu:
+        # How much of the difference is due to the compiler, and to casting the weights once:
         eager = variant(model, compiled=False)
         jobs["ours, not compiled"] = job(eager, bench.runtime, model.config)
+        jobs["ours, nothing prepared"] = job(exact, bench.runtime, model.config)
     rows = measure(jobs, bench.device, 3 * bench.repeats)  # to tell N = 6 from N = 0
     calls = PUBLIC_DIT_ODE.euler_steps * PUBLIC_DIT_ODE.calls_per_step
     macs = bench.sample_batch * calls * count_macs(without.config)

@@ -1,30 +1,33 @@
 #!/usr/bin/env bash
-# Everything that is measured on a GPU, in one call of about nine minutes:
+# Everything that is measured on a GPU, in three parts. Each wants the GPU for itself: three small
+# trainings at once took as long as one after the other.
 #
-#     bash experiments/on_a_gpu.sh OUT CIFAR
+#     bash experiments/on_a_gpu.sh measure OUT        the benchmark, then python distill.py with its
+#                                                     time: three to four minutes on an H200
+#     bash experiments/on_a_gpu.sh cifar OUT CIFAR    CIFAR-10: a teacher, students of both kinds
+#     bash experiments/on_a_gpu.sh shapes OUT         the long training of `shapes` from x0
+#                                                     predictions, half of each batch on-policy
 #
 # CIFAR is a folder with train/<class>/*.jpg and test/<class>/*.jpg. Results are copied into OUT as
-# soon as they are there: benchmark.json, the end of each program's output (*.log), result.json and
-# samples.png of each training.
+# soon as they are there: benchmark.json and profile.txt, the end of each program's output (*.log),
+# result.json and samples.png of each training. A part that was stopped is continued.
 #
-#     1. the benchmark, alone on the GPU
-#     2. python distill.py from start to end, alone, with its time
-#     3. at once: CIFAR-10 (a teacher, students of both kinds), and the long training of `shapes`
-#        from x0 predictions, half of each batch on-policy
-#
-# TINY=1 does the same in two minutes on any machine, with sizes at which no result means anything.
+# TINY=1 does the same in minutes on any machine, with sizes at which no result means anything.
 
 set -u
-out=$(realpath -m "$1") cifar=$(realpath "$2")
+part=$1 out=$(realpath -m "$2") cifar=$(realpath -m "${3:-.}")
 cd "$(dirname "$0")/.." && mkdir -p "$out" runs/gpu
 
-seconds=130 teacher="--iterations 10000" student="--iterations 2500"
-long="--iterations 50000 --count 100000 --batch 64"
+seconds=130 textures="" history_layers=12
+teacher="--iterations 6000 --lr 8e-4 --ema-decay 0.999"
+student="--iterations 1500 --lr 5e-4 --count 16384"
+long="--iterations 20000 --batch 64 --count 20480"
 if [ -n "${TINY:-}" ]; then
-    seconds=1
+    seconds=1 history_layers=6
     teacher="--iterations 20 --size N/8 --batch 8"
     student="--iterations 5 --batch 8 --count 64"
-    long="--iterations 20 --count 64 --batch 8"
+    textures=$student
+    long=$student
 fi
 
 keep() {  # keep NAME FOLDER: what a training in a folder has written
@@ -41,27 +44,34 @@ logged() {  # logged NAME COMMAND…: run it, and keep the end of what it says, 
     tail -n 40 "runs/gpu/$name.log" > "$out/$name.log"
 }
 
-logged benchmark python experiments/benchmark.py --seconds $seconds --out "$out"
-
-logged distill python distill.py ${TINY:+$student} --out runs/gpu/textures
-keep textures runs/gpu/textures
+measure() {
+    logged benchmark python experiments/benchmark.py --seconds $seconds --out "$out"
+    logged distill python distill.py $textures --out runs/gpu/textures
+    keep textures runs/gpu/textures
+}
 
 cifar() {
     local run=runs/gpu/cifar10
     logged cifar10-teacher python teacher.py --preset cifar10 --data "$cifar/train" --size S/4 \
-        --flip --compile $teacher --out $run
+        --flip $teacher --out $run
     keep cifar10 $run
     logged cifar10-states python distill.py --preset cifar10 $student --out $run
     keep cifar10-states $run
     logged cifar10-x0 python distill.py --preset cifar10 $student --targets x0 --output state \
-        --history-layers 12 --noise-shortcut --on-policy 1 --teacher $run/teacher.pt --out $run-x0
+        --history-layers $history_layers --noise-shortcut --on-policy 1 \
+        --teacher $run/teacher.pt --trajectories $run/trajectories --out $run-x0
     keep cifar10-x0 $run-x0
     logged cifar10-test python evaluate.py $run $run-x0 --test "$cifar/test" --out $run/test
     keep cifar10-test $run/test
 }
 
-cifar &
-logged shapes python distill.py --preset shapes --targets x0 --output state --history-layers 6 \
-    --on-policy 0.5 $long --out runs/gpu/shapes &
-wait
-keep shapes runs/gpu/shapes
+shapes() {
+    logged shapes python distill.py --preset shapes --targets x0 --output state \
+        --history-layers 6 --on-policy 0.5 $long --out runs/gpu/shapes
+    keep shapes runs/gpu/shapes
+}
+
+case $part in
+    measure | cifar | shapes) $part ;;
+    *) echo "error: the parts are measure, cifar and shapes, not $part" >&2; exit 1 ;;
+esac

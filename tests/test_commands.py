@@ -159,7 +159,6 @@ BAD = [
     ("DISTILL --history-layers 99", "99 history layers: the network has 6 layers"),
     ("GAN", "other classes than the network's"),
     ("GAN --iterations 100", "the first 200 iterations have no GAN loss"),
-    ("GAN --compile", "--compile is for the first stage"),
     ("GAN --batch 12", "a batch of 12 cannot be split"),
     ("TEACHER --preset points --size N/2", "1 pixels cannot be cut into patches of 2"),
     ("TEACHER --preset points --predicts eps", "use --predicts v, or --noise-path ddpm"),

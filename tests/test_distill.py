@@ -16,6 +16,7 @@ import training
 from config import HISTORIES
 from distill import ard_loss, make_student, own_history
 from files import UserError, fingerprint, load_checkpoint
+from machine import Runtime
 from sample import few_step, student_times
 from shards import read_meta
 from teacher import solve
@@ -254,6 +255,23 @@ def test_compiled_layers_compute_the_same(tmp_path, monkeypatch):
         runtime = replace(CPU, compile=use)
         losses.append(train(tmp_path / f"{use}.pt", runtime, changes, noise_shortcut=True)[2])
     assert torch.tensor(losses[1]).allclose(torch.tensor(losses[0]), rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("accumulate, path", [(1, "flow"), (2, "ddpm")])
+def test_a_recorded_pass_computes_the_same(accumulate, path, tmp_path, monkeypatch):
+    """On CUDA, training passes are recorded after the third iteration. The student's direction and
+    its own history need all that a noise path looks up."""
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    monkeypatch.setattr(FewTrajectories, "ode", replace(FewTrajectories.ode, noise_path=path))
+    changes = dict(training=replace(TRAINING, iterations=12, on_policy=0.5))
+    losses = []
+    for recorded in (False, True):
+        monkeypatch.setattr(Runtime, "can_record", recorded)
+        runtime = Runtime(torch.device("cuda"), accumulate=accumulate)
+        losses.append(train(tmp_path / f"{recorded}.pt", runtime, changes, noise_shortcut=True)[2])
+    assert len({loss for _, loss in losses[0]}) == 12
+    assert torch.tensor(losses[1]).allclose(torch.tensor(losses[0]), rtol=1e-3)
 
 
 # ---- the program ---------------------------------------------------------------------------------

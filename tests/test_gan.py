@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,25 @@ def test_the_discriminators_loss_and_gradients():
 # ---- The training --------------------------------------------------------------------------------
 
 
+def test_compiled_layers_compute_the_same(monkeypatch):
+    """Those of the student, on-policy, and those of the frozen teacher."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    first, record = student_of(random_dit(seed=1), history_layers=2)
+    record = make_record(record, replace(SETTINGS, weight=10.0, warmup=0), on_policy=1.0)
+    logged = []
+    for use in (False, True):
+        teacher = random_dit()
+        trainer = GANTrainer(first, record, teacher, replace(CPU, compile=use))
+        for iteration in range(3):
+            batch = gan.draw_batch(FewTrajectories(), few_images(), TRAINING, iteration)
+            trainer.step(batch)
+        assert (trainer.student.compiled_blocks is not None) == use
+        assert teacher.compiled_blocks is None
+        logged.append(trainer.sums)
+    assert logged[0].abs().min() > 0
+    torch.testing.assert_close(logged[1], logged[0], rtol=1e-3, atol=0)
+
+
 def test_the_discriminator_learns_from_the_images_that_the_student_has_just_made():
     """With two micro-batches, and before the student's step."""
     first, record = student_of(random_dit(seed=1), history_layers=2)
@@ -363,7 +383,6 @@ def test_the_first_student_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     "changes, runtime, message",
     [
-        (dict(), replace(CPU, compile=True), "--compile is for the first stage"),
         (dict(batch=12), CPU, "whole groups of 8"),
         (dict(batch=24), replace(CPU, accumulate=2), "2 micro-batches of whole groups of 8"),
         (dict(iterations=2), CPU, "the first 2 iterations have no GAN loss"),

@@ -1,7 +1,9 @@
 """Devices, precision and progress lines."""
 
+import copy
 import sys
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 import machine
 from files import UserError
 from machine import Progress, Runtime, pick_device, runtime_from, short_dtype
-from tiny import random_dit
+from sample import few_step
+from tiny import random_dit, student_of
 
 CPU = torch.device("cpu")
 
@@ -105,6 +108,24 @@ def test_a_weight_used_without_and_then_with_gradient_gets_one_in_bfloat16(bf16_
             layer(x)
         layer(x).sum().backward()
     assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype, compiled", [(torch.bfloat16, False), (torch.float32, True)])
+def test_a_prepared_network_computes_the_same(dtype, compiled, monkeypatch):
+    """To the bit, where nothing is compiled. A student samples with a cache."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    runtime = Runtime(CPU, dtype, compile=compiled)
+    model, record = student_of(random_dit(), noise_shortcut=True)
+    ready = copy.deepcopy(model)
+    runtime.prepare(ready)
+    assert {ready.blocks[0].mlp.fc1.weight.dtype, ready.x_embedder["proj"].bias.dtype} == {dtype}
+    assert (ready.compiled_blocks is not None) == compiled
+    x_T, y = torch.randn(4, 3, 8, 8), torch.arange(4)
+    with runtime.autocast():
+        plain = few_step(model, record.student, x_T, y)
+        found = few_step(ready, record.student, x_T, y)
+    assert (plain[:, -1] - x_T).abs().mean() > 0.1
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4 * compiled)
 
 
 # ---- progress ------------------------------------------------------------------------------------

@@ -254,7 +254,7 @@ def test_cached_sampling_equals_the_full_pass(history, layers, shortcut, output_
     torch.testing.assert_close(stepwise, full, rtol=1e-5, atol=1e-5)
     assert tokens_read == [STATES * TOKENS] + STATES * [TOKENS]  # one state at a time, no prefix
     # Only the layers that look back remember anything.
-    assert len(cache.keys_values) == (0 if history == "none" else layers)
+    assert len(cache.past) == (0 if history == "none" else layers)
 
 
 def test_every_step_has_its_own_output_layer():
