@@ -2,6 +2,7 @@
 flags."""
 
 import argparse
+import errno
 import os
 import sys
 from datetime import timedelta
@@ -13,6 +14,15 @@ import torch.distributed as dist
 
 from files import UserError, export_file, one_line
 from machine import add_machine_flags, is_lack_of_memory, rank, wait_for_all, world_size
+
+
+ADVICE = {  # for errors of the system
+    errno.ENOSPC: "make room, and give the same command again",
+    errno.EDQUOT: "make room, and give the same command again",
+    errno.EACCES: "choose another place, or change its permissions",
+    errno.EROFS: "choose another place, which can be written to",
+    errno.EMFILE: "allow more open files, with ulimit -n 4096",
+}
 
 
 def run_program(main):
@@ -37,8 +47,11 @@ def run_program(main):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder without write permission
+    except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        advice = ADVICE.get(error.errno)
+        sys.exit(f"error: {one_line(error)}" + (f": {advice}" if advice else ""))
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise

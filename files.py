@@ -135,7 +135,10 @@ def read_checkpoint(path: str | Path) -> dict:
             with torch.serialization.safe_globals([argparse.Namespace]):  # in public training files
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file makes torch.load raise all sorts of exceptions
-            raise UserError(f"{path} cannot be read: it is no checkpoint, or is damaged") from None
+            raise UserError(
+                f"{path} cannot be read: it is no checkpoint, or is damaged. Name another file, or "
+                "remove this one and make it again"
+            ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content

@@ -5,12 +5,15 @@
     00001.npy     the next SHARD records
     …
 
-A shard is written whole or not at all. What it holds depends only on the meta, on its number and,
-for latents, on the images. So a writer that was stopped can continue, and several processes and
-machines can write into one folder. Shards are memory-mapped when they are read. """
+A shard is written whole or not at all, with a checksum of each column. What it holds depends only
+on the meta, on its number and, for latents, on the images. So a writer that was stopped can
+continue, and several processes and machines can write into one folder. Shards are memory-mapped
+when they are read.
+"""
 
 import io
 import json
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,12 +29,13 @@ OPEN_FILES = 256  # a large folder has more shards than a process may open
 
 
 def shard_dtype(record: np.dtype, count: int) -> np.dtype:
-    """The dtype of a shard of `count` records: each field of a record becomes a column."""
+    """The dtype of a shard of `count` records: each field of a record becomes a column. Behind the
+    columns are their checksums."""
     columns = []
     for name in record.names:
         field = record[name]
         columns.append((name, field.base, (count, *field.shape)))
-    return np.dtype(columns)
+    return np.dtype([*columns, ("crc32", "<u4", len(columns))])
 
 
 def shard_file(folder: str | Path, number: int) -> Path:
@@ -43,7 +47,7 @@ def open_shard(file: Path, record: np.dtype):
     is missing, damaged, cut short, or something else."""
     try:
         shard = np.load(file, mmap_mode="r")
-        count = shard.dtype.itemsize // record.itemsize
+        count = shard["label"].size
         is_whole = file.stat().st_size == shard.offset + shard.nbytes
     except FileNotFoundError:
         return None
@@ -61,6 +65,7 @@ def write_shard(folder: Path, number: int, record: np.dtype, **columns):
     shard = np.zeros((), shard_dtype(record, len(columns["label"])))
     for name in record.names:
         shard[name] = columns[name]
+    shard["crc32"] = [zlib.crc32(shard[name]) for name in record.names]
     # First into memory: when numpy writes into a file, it does not say that the disk is full.
     content = io.BytesIO()
     np.save(content, shard)
@@ -139,8 +144,10 @@ class Shards:
         def open_number(number: int):
             return open_shard(shard_file(folder, number), record)
 
+        self.folder, self.names = folder, record.names
         self.open = lru_cache(OPEN_FILES)(open_number)
         self.numbers = range(count)
+        self.checked = set()  # (number of a shard, name of a column)
         lengths = []
         for number in self.numbers:
             shard = self.open(number)
@@ -154,10 +161,23 @@ class Shards:
 
     def column(self, name: str):
         """A column of all shards, in memory."""
-        return np.concatenate([self.open(number)[name] for number in self.numbers])
+        return np.concatenate([self.column_of(number, name) for number in self.numbers])
 
     def value(self, name: str, index: int):
         """What a column holds of one record. It is read from the disk when it is used."""
         number = int(np.searchsorted(self.ends, index, side="right"))
-        column = self.open(number)[name]
+        column = self.column_of(number, name)
         return column[index - self.ends[number]]  # counted from the end of the shard
+
+    def column_of(self, number: int, name: str):
+        """A column of one shard. When it is first used, it is compared with its checksum. Raises
+        UserError where they differ."""
+        shard = self.open(number)
+        if (number, name) not in self.checked:
+            if zlib.crc32(shard[name]) != shard["crc32"][self.names.index(name)]:
+                raise UserError(
+                    f"{shard_file(self.folder, number)} is damaged: remove it, and run the program "
+                    "that writes this folder again"
+                )
+            self.checked.add((number, name))
+        return shard[name]

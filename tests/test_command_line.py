@@ -22,13 +22,15 @@ from files import UserError
 
 
 LESS = ": choose a smaller --batch or --count, or a device with more memory"
+ROOM = ": make room, and give the same command again"
 
 
 @pytest.mark.parametrize(
     "error, status, says",
     [
         (UserError("no such file: choose another"), "error: no such file: choose another", ""),
-        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device", ""),
+        (OSError(28, "No space left"), "error: [Errno 28] No space left" + ROOM, ""),
+        (OSError("of another kind"), "error: of another kind", ""),
         (torch.OutOfMemoryError("CUDA: 9 GiB"), "error: out of memory (CUDA: 9 GiB)" + LESS, ""),
         (MemoryError(), "error: out of memory (MemoryError)" + LESS, ""),
         (KeyboardInterrupt("12 of 30 are done."), 130, "\nstopped. 12 of 30 are done.\n"),

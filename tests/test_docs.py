@@ -132,7 +132,7 @@ def second_stage_table() -> str:
 def goals_table() -> str:
     goals, rows = benchmark.goals(read("benchmark-h200")["results"]).values(), {}
     for (title, write), (value, _), goal in zip(SPEED.items(), goals, SPEED_GOALS, strict=True):
-        rows[title] = dict(measured=write(value), goal=goal)
+        rows[title] = dict(measured=write(value).replace("-", "−"), goal=goal)
     return ablation.markdown(rows, ["measured", "goal"])
 
 

@@ -66,6 +66,24 @@ def test_a_damaged_shard_is_noticed(tmp_path, damage, capsys):
     assert f"{file} is damaged: writing it again\nwriting 1 of 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["label", "x", "crc32"])
+def test_a_changed_value_is_not_read(tmp_path, name):
+    """In another place than the one that is asked for, too. Other shards can still be read."""
+    for number in range(2):
+        write_shard(tmp_path, number, RECORD, **columns(5, number))
+    shard = np.load(shard_file(tmp_path, 1))
+    shard[name][1] += 1
+    np.save(shard_file(tmp_path, 1), shard)
+    folder = Shards(tmp_path, RECORD, 2)
+    wanted = "x" if name == "crc32" else name
+    folder.value(wanted, 4)
+    message = "00001.npy is damaged: remove it, and run the program that writes this folder again"
+    with pytest.raises(UserError, match=message):
+        folder.value(wanted, 5)
+    with pytest.raises(UserError, match=message):
+        folder.column(wanted)
+
+
 def test_a_missing_permission_is_no_damage(tmp_path, monkeypatch):
     def refuse(*words, **more):
         raise PermissionError

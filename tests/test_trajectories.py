@@ -83,7 +83,7 @@ def shards_of(folder) -> dict[str, bytes]:
 def test_stored_states_are_the_solver_s(teacher, tmp_path, steps):
     own = write(teacher, tmp_path, count=20)  # rounded up to three shards
     x_T, y, states = by_hand(teacher)
-    stored = Trajectories(tmp_path, own, student(steps), 24, classes=5)
+    stored = Trajectories(tmp_path, own, student(steps), 24)
     x, labels = stored.batch(range(24))
     taken = [16 * i // steps for i in range(steps + 1)]
     assert len(stored) == 24 and x.shape == (24, steps + 1, 3, 8, 8) and x.dtype == torch.float32
@@ -93,13 +93,13 @@ def test_stored_states_are_the_solver_s(teacher, tmp_path, steps):
     assert_close_in_half(x, states[:, taken])
     some, _ = stored.batch(np.array([23, 8, 0]))
     assert torch.equal(some, x[[23, 8, 0]])
-    assert len(Trajectories(tmp_path, own, student(steps), 10, classes=5)) == 10
+    assert len(Trajectories(tmp_path, own, student(steps), 10)) == 10
 
 
 def test_stored_x0_predictions_are_where_the_steps_aimed(teacher, tmp_path):
     own = write(teacher, tmp_path)
     x_T, y, states = by_hand(teacher)
-    x, labels = Trajectories(tmp_path, own, student(4, "x0"), 24, classes=5).batch(range(24))
+    x, labels = Trajectories(tmp_path, own, student(4, "x0"), 24).batch(range(24))
     assert x.shape == (24, 5, 3, 8, 8)
     assert torch.equal(x[:, 0], x_T) and torch.equal(labels, y)
     for step, x0 in zip((4, 8, 12, 16), x[:, 1:].unbind(1), strict=True):
@@ -107,7 +107,7 @@ def test_stored_x0_predictions_are_where_the_steps_aimed(teacher, tmp_path):
         # The straight line through two states reaches the time 0 there.
         aim = (before * states[:, step] - after * states[:, step - 1]) / (before - after)
         assert_close_in_half(x0, aim, atol=1e-3)
-    images = Trajectories(tmp_path, own, student(4), 24, classes=5).batch(range(24))[0][:, -1]
+    images = Trajectories(tmp_path, own, student(4), 24).batch(range(24))[0][:, -1]
     assert torch.equal(x[:, -1], images)
     assert (x[:, 1] - x[:, -1]).std() > 0.01  # earlier ones are guesses
 
@@ -117,15 +117,15 @@ def test_what_is_kept_can_be_chosen(teacher, tmp_path, keep, other):
     own = write(teacher, tmp_path / "whole")
     some = TrajectorySettings(count=24, kept_steps=(4, 6, 16), keep=keep)
     own_some = write(teacher, tmp_path / "some", settings=some)
-    some = Trajectories(tmp_path / "some", own_some, student(3, keep), 24, classes=5)
-    whole = Trajectories(tmp_path / "whole", own, student(8, keep), 24, classes=5)
+    some = Trajectories(tmp_path / "some", own_some, student(3, keep), 24)
+    whole = Trajectories(tmp_path / "whole", own, student(8, keep), 24)
     x, whole = (found.batch(range(24))[0] for found in (some, whole))
     assert torch.equal(x, whole[:, [0, 2, 3, 8]])  # after 0, 4, 6 and 16 of 2, 4, …, 16 steps
     size = (tmp_path / "some" / "00000.npy").stat().st_size
     size_of_whole = (tmp_path / "whole" / "00000.npy").stat().st_size
     assert size / size_of_whole == pytest.approx(4 / 17, rel=0.02)  # states of a trajectory
     with pytest.raises(UserError, match=f"only the {keep} are kept: use --targets {keep}, or"):
-        Trajectories(tmp_path / "some", own_some, student(3, other), 24, classes=5)
+        Trajectories(tmp_path / "some", own_some, student(3, other), 24)
 
 
 def test_noise_is_rounded_before_the_ode_is_solved(teacher, tmp_path, monkeypatch):
@@ -137,7 +137,7 @@ def test_noise_is_rounded_before_the_ode_is_solved(teacher, tmp_path, monkeypatc
 
     monkeypatch.setattr(trajectories, "solve", spy)
     own = write(teacher, tmp_path)
-    x, _ = Trajectories(tmp_path, own, student(1), 24, classes=5).batch(range(24))
+    x, _ = Trajectories(tmp_path, own, student(1), 24).batch(range(24))
     assert torch.equal(torch.cat(noises), x[:, 0])
 
 
@@ -153,7 +153,7 @@ def test_meta_says_what_the_trajectories_are(teacher, tmp_path):
         class_weights=[0.5, 0.125, 0.125, 0.125, 0.125],
         seed=3,
     )
-    _, labels = Trajectories(tmp_path, own, student(1), 24, classes=5).batch(range(24))
+    _, labels = Trajectories(tmp_path, own, student(1), 24).batch(range(24))
     assert labels.tolist() == data.noise_and_labels(record, SEED, range(24))[1].tolist()
     assert labels.tolist() != data.noise_and_labels(RECORD, SEED, range(24))[1].tolist()
 
@@ -279,7 +279,7 @@ def test_trajectories_that_are_there_keep_their_own_ode(teacher, tmp_path):
     assert (opened.ode, opened.target_steps, opened.seed) == (ode, (1, 2, 4, 6), SEED)
     write(teacher, tmp_path / "all", 24, replace(RECORD, ode=ode), settings)
     assert shards_of(tmp_path / "own") == shards_of(tmp_path / "all")
-    same, _ = Trajectories(tmp_path / "all", own, SETTINGS, 24, classes=5).batch(range(24))
+    same, _ = Trajectories(tmp_path / "all", own, SETTINGS, 24).batch(range(24))
     assert torch.equal(opened.batch(range(24))[0], same)
 
 
@@ -358,15 +358,3 @@ def test_a_presets_places_serve_teachers_of_other_numbers_of_steps():
     assert scale_steps((6, 12, 18, 24), 24) == (6, 12, 18, 24)
     assert scale_steps((6, 12, 18, 24), 8) == (2, 4, 6, 8)
     assert scale_steps((2, 8, 16, 24), 48) == (4, 16, 32, 48)
-
-
-@pytest.mark.parametrize("column, value", [("label", 99), ("label", -1), ("states", np.inf)])
-def test_a_damaged_shard_is_not_learned_from(teacher, tmp_path, column, value):
-    record = write(teacher, tmp_path)
-    shard = np.load(tmp_path / "00001.npy")
-    shard[column][3] = value
-    np.save(tmp_path / "00001.npy", shard)
-    found = Trajectories(tmp_path, record, student(4), 24, classes=5)
-    found.batch([0, 7, 12])
-    with pytest.raises(UserError, match="a shard in .* is damaged: remove the folder"):
-        found.batch([0, 11])
