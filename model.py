@@ -268,8 +268,8 @@ def sincos_positions(grid_size: int, width: int, scale: float = 1.0) -> torch.Te
     """Fixed 2-D positions, (1, grid_size², width), divided by `scale`. Half of the features are for
     the column and half for the row; of each half, sines come first."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    places = torch.arange(grid_size, dtype=torch.float64) / scale
-    angles = places[:, None] * omega
+    positions = torch.arange(grid_size, dtype=torch.float64) / scale
+    angles = positions[:, None] * omega
     line = torch.cat([angles.sin(), angles.cos()], dim=1).float()           # (grid_size, width/2)
     column = repeat(line, "col d -> row col d", row=grid_size)
     row = repeat(line, "row d -> row col d", col=grid_size)

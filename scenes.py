@@ -49,7 +49,7 @@ WAIST = 0.38  # of a star: see outline
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """An object of a scene; x and y: its centre, in pixels from the upper left corner."""
 
     colour: str
@@ -119,13 +119,13 @@ def draw_cover(
     return np.asarray(canvas.reduce(scale), dtype=np.float32) / 255
 
 
-def draw_scene(things: list[Thing]) -> np.ndarray:
+def draw_scene(objects: list[SceneObject]) -> np.ndarray:
     """A picture, (3, SIZE, SIZE), uint8."""
     picture = np.zeros((3, SIZE, SIZE), np.float32) + np.array(GROUND)[:, None, None]
-    for thing in things:
-        centre = complex(thing.x, thing.y)
-        cover = draw_cover(thing.shape, centre, thing.radius, SIZE, waist=WAIST)
-        ink = np.array(COLOURS[thing.colour])[:, None, None]
+    for one in objects:
+        centre = complex(one.x, one.y)
+        cover = draw_cover(one.shape, centre, one.radius, SIZE, waist=WAIST)
+        ink = np.array(COLOURS[one.colour])[:, None, None]
         picture += cover * (ink - picture)
     return np.round(picture).astype(np.uint8)
 
@@ -135,23 +135,23 @@ def draw_scene(things: list[Thing]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a caption says: its things as (colour, shape), and how they relate."""
+    """What a caption says: its objects as (colour, shape), and how they relate."""
 
     category: str  # one of CATEGORIES
-    things: tuple[tuple[str, str], ...]
+    objects: tuple[tuple[str, str], ...]
     relation: str = ""  # "left of" or "above"
 
     def __str__(self):
-        colour, shape = self.things[0]
+        colour, shape = self.objects[0]
         if self.category == "count":
-            return f"{NUMBERS[len(self.things)]} {colour} {shape}s"
-        named = [f"a {colour} {shape}" for colour, shape in self.things]
+            return f"{NUMBERS[len(self.objects)]} {colour} {shape}s"
+        named = [f"a {colour} {shape}" for colour, shape in self.objects]
         joint = {"two": " and ", "relation": f" {self.relation} "}.get(self.category, "")
         return joint.join(named)
 
     @property
     def is_held_out(self) -> bool:
-        return any(thing in HELD_OUT for thing in self.things)
+        return any(pair in HELD_OUT for pair in self.objects)
 
 
 @lru_cache(maxsize=1)
@@ -182,26 +182,27 @@ def caption_weights(captions: list[Caption]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def place(caption: Caption, rng: np.random.Generator) -> list[Thing]:
-    """Random cells and sizes for the things of a caption, so that its relation holds."""
+def place(caption: Caption, rng: np.random.Generator) -> list[SceneObject]:
+    """Random cells and sizes for the objects of a caption, so that its relation holds."""
     side = SIZE // CELL
     while True:
-        things = []
-        cells = rng.choice(side**2, size=len(caption.things), replace=False)
-        for (colour, shape), cell in zip(caption.things, cells, strict=True):
+        objects = []
+        cells = rng.choice(side**2, size=len(caption.objects), replace=False)
+        for (colour, shape), cell in zip(caption.objects, cells, strict=True):
             corner = CELL * np.array([cell % side, cell // side])
             x, y = corner + CELL / 2 + rng.uniform(-JITTER, JITTER, size=2)
-            things.append(Thing(colour, shape, float(x), float(y), float(rng.uniform(*RADII))))
-        if fulfils(caption.relation, things, margin=1.0):
-            return things
+            radius = float(rng.uniform(*RADII))
+            objects.append(SceneObject(colour, shape, float(x), float(y), radius))
+        if fulfils(caption.relation, objects, margin=1.0):
+            return objects
 
 
-def fulfils(relation: str, things: list[Thing], margin: float = 0.0) -> bool:
-    """Whether the first thing is left of, or above, the second: further in that direction than in
+def fulfils(relation: str, objects: list[SceneObject], margin: float = 0.0) -> bool:
+    """Whether the first object is left of, or above, the second: further in that direction than in
     the other, by more than a margin in pixels."""
     if not relation:
         return True
-    a, b = things[:2]
+    a, b = objects[:2]
     dx, dy = b.x - a.x, b.y - a.y
     along, across = (dx, dy) if relation == "left of" else (dy, dx)
     return along > abs(across) + margin
@@ -265,20 +266,20 @@ def dilate(mask: np.ndarray) -> np.ndarray:
     return rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
 
 
-def read_scene(image: np.ndarray) -> list[Thing]:
-    """The things in a picture (3, SIZE, SIZE), uint8. Regions that are brighter than the ground are
-    things; their colour is the nearest of the palette, their shape the template with the largest
-    overlap (intersection over union of covers). A region that resembles no shape is not a thing,
-    and counts neither for nor against a caption."""
+def read_scene(image: np.ndarray) -> list[SceneObject]:
+    """The objects in a picture (3, SIZE, SIZE), uint8. These are the regions that are brighter than
+    the ground. Their colour is the nearest of the palette, and their shape is the template with the
+    largest overlap (intersection over union of covers). A region that resembles no shape is not an
+    object, and counts neither for nor against a caption."""
     brightness = image.max(axis=0).astype(np.float32)
-    things = []
+    objects = []
     for region in connected_components(brightness > 120):
         if region.sum() >= 4:  # pixels; less is noise
-            things.append(read_thing(image, dilate(region)))
-    return [thing for thing in things if thing is not None]
+            objects.append(read_object(image, dilate(region)))
+    return [one for one in objects if one is not None]
 
 
-def read_thing(image: np.ndarray, region: np.ndarray) -> Thing | None:
+def read_object(image: np.ndarray, region: np.ndarray) -> SceneObject | None:
     colour = nearest_colour(image[:, region])
     ground, ink = np.array(GROUND, np.float32), np.array(COLOURS[colour], np.float32)
     direction = (ink - ground) / np.square(ink - ground).sum()
@@ -295,7 +296,7 @@ def read_thing(image: np.ndarray, region: np.ndarray) -> Thing | None:
     if overlap[best] < 0.7:
         return None
     shape, x, y, radius = names[best]
-    return Thing(colour, shape, left + x, top + y, float(radius))
+    return SceneObject(colour, shape, left + x, top + y, float(radius))
 
 
 def nearest_colour(pixels: np.ndarray) -> str:
@@ -313,19 +314,19 @@ def nearest_colour(pixels: np.ndarray) -> str:
 # ---- 4. Scoring ----------------------------------------------------------------------------------
 
 
-def score(caption: Caption, things: list[Thing]) -> dict[str, float]:
-    """How well the things of an image fulfil a caption, each 0 or 1:
+def score(caption: Caption, objects: list[SceneObject]) -> dict[str, float]:
+    """How well the objects of an image fulfil a caption, each 0 or 1:
 
-    binding     every thing that the caption names is there, with its colour and its shape
-    count       there are as many things as it names
-    relation    the named things are there and stand as it says (captions with a relation only)
+    binding     every object that the caption names is there, with its colour and its shape
+    count       there are as many objects as it names
+    relation    the named objects are there and stand as it says (captions with a relation only)
     all         1 where all of these are 1
     """
-    found = [(thing.colour, thing.shape) for thing in things]
-    binding = all(found.count(pair) >= caption.things.count(pair) for pair in caption.things)
-    scores = dict(binding=float(binding), count=float(len(things) == len(caption.things)))
+    found = [(one.colour, one.shape) for one in objects]
+    binding = all(found.count(pair) >= caption.objects.count(pair) for pair in caption.objects)
+    scores = dict(binding=float(binding), count=float(len(objects) == len(caption.objects)))
     if caption.relation:
-        scores["relation"] = float(binding and relation_holds(caption, things))
+        scores["relation"] = float(binding and relation_holds(caption, objects))
     return scores | dict(all=min(scores.values()))
 
 
@@ -346,11 +347,11 @@ def adherence(images: np.ndarray, captions: list[Caption]) -> dict[str, float]:
     return means
 
 
-def relation_holds(caption: Caption, things: list[Thing]) -> bool:
-    """Whether some pair of the named things stands as the caption says."""
-    first, second = caption.things
-    for a in things:
-        for b in things:
+def relation_holds(caption: Caption, objects: list[SceneObject]) -> bool:
+    """Whether some pair of the named objects stands as the caption says."""
+    first, second = caption.objects
+    for a in objects:
+        for b in objects:
             named = (a.colour, a.shape) == first and (b.colour, b.shape) == second
             if named and fulfils(caption.relation, [a, b]):
                 return True

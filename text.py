@@ -41,8 +41,8 @@ from shards import SHARD, Shards, read_meta, start_shards, write_shard
 
 # ---- 1. Words ------------------------------------------------------------------------------------
 
-WORD_WIDTH, PLACE_WIDTH = 24, 16  # features of a word, and of its place
-TEXT_WIDTH = 2 * WORD_WIDTH + PLACE_WIDTH  # a word, the word before it, its place
+WORD_WIDTH, POSITION_WIDTH = 24, 16  # features of a word, and of its position
+TEXT_WIDTH = 2 * WORD_WIDTH + POSITION_WIDTH  # a word, the word before it, its position
 LONGEST_CAPTION = 8  # words: "a red star left of a blue ring"
 T5_LENGTH = 120  # tokens of T5, as PixArt-α was trained
 
@@ -54,9 +54,9 @@ def vocabulary() -> list[str]:
     return ["", *sorted(words)]
 
 
-def places(length: int) -> np.ndarray:
-    """Sinusoids that tell the places 0 … length − 1 apart, (length, PLACE_WIDTH)."""
-    half = PLACE_WIDTH // 2
+def positions(length: int) -> np.ndarray:
+    """Sinusoids that tell the positions 0 … length − 1 apart, (length, POSITION_WIDTH)."""
+    half = POSITION_WIDTH // 2
     omega = 100.0 ** -(np.arange(half) / half)
     angles = np.arange(length)[:, None] * omega
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
@@ -85,7 +85,7 @@ def encode_words(caption: str, length: int) -> np.ndarray:
         alone[i] = rng.standard_normal(WORD_WIDTH)
     before = np.concatenate([np.zeros((1, WORD_WIDTH)), alone[:-1]])
     vectors = np.zeros((length, TEXT_WIDTH), np.float32)
-    vectors[: len(words)] = np.concatenate([alone, before, places(len(words))], axis=1)
+    vectors[: len(words)] = np.concatenate([alone, before, positions(len(words))], axis=1)
     return vectors
 
 

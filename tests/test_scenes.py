@@ -10,7 +10,7 @@ from scenes import (
     CATEGORIES,
     HELD_OUT,
     Caption,
-    Thing,
+    SceneObject,
     adherence,
     all_captions,
     caption_list,
@@ -48,15 +48,15 @@ def test_shuffled_captions_are_fulfilled_by_chance_only():
 
 
 def test_what_a_thing_is_and_where():
-    things = [
-        Thing("red", "star", 3.6, 10.4, 2.5),
-        Thing("blue", "ring", 17.4, 3.5, 2.7),
+    objects = [
+        SceneObject("red", "star", 3.6, 10.4, 2.5),
+        SceneObject("blue", "ring", 17.4, 3.5, 2.7),
     ]
-    found = sorted(read_scene(draw_scene(things)), key=lambda thing: thing.x)
-    assert [(thing.colour, thing.shape) for thing in found] == [("red", "star"), ("blue", "ring")]
-    for thing, true in zip(found, things, strict=True):
-        assert math.hypot(thing.x - true.x, thing.y - true.y) < 0.5
-        assert abs(thing.radius - true.radius) < 0.4
+    found = sorted(read_scene(draw_scene(objects)), key=lambda one: one.x)
+    assert [(one.colour, one.shape) for one in found] == [("red", "star"), ("blue", "ring")]
+    for one, true in zip(found, objects, strict=True):
+        assert math.hypot(one.x - true.x, one.y - true.y) < 0.5
+        assert abs(one.radius - true.radius) < 0.4
 
 
 RED_STAR, BLUE_RING = ("red", "star"), ("blue", "ring")
@@ -75,21 +75,24 @@ RED_STAR, BLUE_RING = ("red", "star"), ("blue", "ring")
     ],
 )
 def test_scores(caption, expected):
-    things = [Thing("red", "star", 3.5, 3.5, 2.5), Thing("blue", "ring", 17.5, 10.5, 2.5)]
-    found = score(caption, things)
+    objects = [
+        SceneObject("red", "star", 3.5, 3.5, 2.5),
+        SceneObject("blue", "ring", 17.5, 10.5, 2.5),
+    ]
+    found = score(caption, objects)
     assert {key: found[key] for key in expected} == expected
 
 
 def test_a_relation_goes_further_in_its_direction_than_across():
-    here = Thing("red", "star", 10, 10, 4)
+    here = SceneObject("red", "star", 10, 10, 4)
     for x, y, left, above in ((20, 12, True, False), (12, 20, False, True), (2, 10, False, False)):
-        there = Thing("blue", "ring", x, y, 4)
+        there = SceneObject("blue", "ring", x, y, 4)
         assert fulfils("left of", [here, there]) == left
         assert fulfils("above", [here, there]) == above
 
 
 def test_held_out_pairs_never_occur_in_training():
-    named = {thing for caption in caption_list() for thing in caption.things}
+    named = {one for caption in caption_list() for one in caption.objects}
     assert named.isdisjoint(HELD_OUT) and len(named) + len(HELD_OUT) == 30
     colours, shapes = zip(*HELD_OUT, strict=True)
     assert set(colours) == {colour for colour, _ in named}  # each colour and each shape is seen
