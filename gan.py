@@ -12,8 +12,8 @@ In each iteration the student takes an optimizer step, and then the discriminato
     discriminator   mean max(0, 1 − D(real))  +  mean max(0, 1 + D(x̂_{τ_0}))
 
 This is the hinge loss (arXiv 1705.02894). D judges the student's last prediction only, its image
-x̂_{τ_0}. The weight λ is such that the gradients of the student's two losses are equally large, or
-that of the GAN loss is larger by a chosen factor.
+x̂_{τ_0}. The weight λ is such that the gradients of the student's two losses at its output layer
+are equally large, or have a chosen ratio.
 
 The discriminator is the teacher, frozen, with a small trainable head on each of its layers. The
 features of a network that can make images describe images, so that only the heads have to learn.
@@ -244,7 +244,7 @@ class GANTrainer:
         student.pos_embed.requires_grad_(False)
         student.checkpointing = runtime.checkpointing
         torch.manual_seed(settings.seed)
-        teacher = copy.copy(teacher)  # it shares the weights
+        teacher = copy.copy(teacher)  # with the same weights; the caller's is not compiled
         discriminator = Discriminator(teacher, record.student.ode, gan).to(device)
 
         self.student, self.discriminator = student, discriminator
@@ -273,9 +273,10 @@ class GANTrainer:
         images = prediction[:, -1]                                          # x̂_{τ_0}: (b, c, h, w)
         seen = images.detach().requires_grad_()
         adversarial = adversarial_loss(self.discriminator(seen, noise, y))
-        # With g = ∂adversarial/∂images, the scalar product of images and g has the same gradient in
-        # the student's weights as the GAN loss. As its graph ends at the images, neither λ nor
-        # backward() goes through the discriminator again.
+        # Let g = ∂adversarial/∂images, a constant. The scalar product of the images and g has the
+        # same gradient with respect to the student's weights as the GAN loss, and the discriminator
+        # is no part of its graph. So neither λ nor backward() goes through D again. And λ needs
+        # gradients at the output layer only, so that each compiled layer runs backward just once.
         [g] = torch.autograd.grad(adversarial, seen)
         product = (images * g).sum()
         factor = gan.weight if self.iteration >= gan.warmup else 0.0

@@ -26,7 +26,7 @@ class Runtime:
     """How a program runs. It changes results by rounding only."""
 
     device: torch.device
-    dtype: torch.dtype = torch.float32  # of matrix products; the weights are float32
+    dtype: torch.dtype = torch.float32  # of matrix products; weights are trained in float32
     checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     accumulate: int = 1  # micro-batches of a batch, to save memory
     compile: bool = False  # torch.compile the layers of networks
@@ -39,9 +39,9 @@ class Runtime:
         return torch.autocast(self.device.type, dtype, enabled=is_short, cache_enabled=False)
 
     def prepare(self, model):
-        """Make ready a network that is not trained, and is only called within `autocast`. The
-        weights of its matrix products are stored in `dtype`: autocast would convert them in every
-        call, to the same values."""
+        """Make ready a network that is only called within `autocast`, and is not trained: small
+        steps of an optimizer would be lost by rounding. The weights of its matrix products are
+        stored in `dtype`. Otherwise autocast converts them in every call, to the same values."""
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layer.to(self.dtype)
@@ -50,10 +50,11 @@ class Runtime:
 
     @property
     def can_record(self) -> bool:
-        """Whether training passes are recorded as a CUDA graph (training.RecordedPass). That is for
-        small networks: large ones are compiled or checkpointed, or shared between processes."""
-        is_large = self.compile or self.checkpointing or world_size() > 1
-        return self.device.type == "cuda" and self.dtype != torch.float16 and not is_large
+        """Whether training passes can be recorded as a CUDA graph (training.RecordedPass). It helps
+        small networks, which are trained in one process, neither compiled nor checkpointed. (With
+        float16, the scale of the gradients changes from pass to pass.)"""
+        is_plain = not (self.compile or self.checkpointing) and world_size() == 1
+        return self.device.type == "cuda" and self.dtype != torch.float16 and is_plain
 
     @property
     def precision(self) -> str:
@@ -75,7 +76,7 @@ def add_machine_flags(parser, can_compile=False):
         "--bf16",
         action=argparse.BooleanOptionalAction,
         help="matrix products in bfloat16 where the hardware has it, or in float16 on older GPUs "
-        "(default: in training, as the preset says; elsewhere, no)",
+        "(default: for training and trajectories, as the preset says; elsewhere, no)",
     )
     if can_compile:
         group.add_argument(
@@ -124,7 +125,7 @@ def short_dtype(device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         is_new = torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if is_new else torch.float16
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and has_bf16() else torch.float32
 
 
@@ -192,7 +193,7 @@ class Progress:
     """Iterate with a line that says how far the work is, how fast, and how long it will take.
 
     `start` items were done before, by a run that is continued. The rate counts `unit`s: an item has
-    `size` of them, and all items together `amount`, where the last item is smaller. `note` is shown
+    `size` of them, or all items together have `amount`, if the last item is smaller. `note` stands
     behind the rate. What takes under two seconds prints nothing."""
 
     def __init__(self, title, items, total=None, start=0, unit="items", size=1, amount=None):

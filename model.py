@@ -105,7 +105,7 @@ class KVCache:
 
     def __init__(self):
         self.states_read = 0
-        self.past = {}  # number of a history layer -> the keys and values of each state
+        self.past = {}  # number of a history layer -> what Attention calls `past`
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
         self.text = None  # see DiT.read_text
 
@@ -120,8 +120,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, history: str, past: list | None):
-        """past: keys and values of the states that were read before, (2, b, heads, n, d) each, to
-        which those of x are appended; or None, where x holds all states."""
+        """past: a list of one entry, the keys and values of all states that were read before,
+        (2, b, heads, m, d), or an empty list before the first. Those of x are added to it. (All
+        masks keep all states.) None without a cache, and in layers without history."""
         b, s, n, _ = x.shape                                                # (b, s, n, width)
         split = dict(three=3, h=self.heads)
         if history == "none":
@@ -133,9 +134,9 @@ class Attention(nn.Module):
         qkv = rearrange(self.qkv(x), "b s n (three h d) -> three b h (s n) d", **split)
         q, kv, first = qkv[0], qkv[1:], 0
         if past is not None:
-            first = len(past)
-            past.extend(kv.split(n, dim=3))
-            kv = torch.cat(past, dim=3)
+            kv = torch.cat([*past, kv], dim=3)
+            past[:] = [kv]
+            first = kv.shape[3] // n - s                                    # states read before
         outputs = []  # one for each state; rearrange stacks them
         for i, query in enumerate(q.split(n, dim=2), start=first):          # (b, h, n, d)
             seen = visible_keys(kv, i, n, history)                          # (2, b, h, …, d)
@@ -144,8 +145,9 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426). All states of a trajectory
-    read the same text, so its keys and values are computed once a pass and, in sampling, cached."""
+    """The tokens of all states read a text (PixArt-α, arXiv 2310.00426). It is the same for all
+    states of a trajectory, so its keys and values are computed once per pass, and are cached in
+    sampling."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -287,7 +289,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        self.compiled_blocks = None
+        self.compiled_blocks = None  # see compile_layers
         # In a text network, y holds the numbers of prompts, and prompts[y] their words as vectors,
         # (b, l, text_width), made by an encoder that is not trained: see text.Prompts.
         self.prompts = None
@@ -449,6 +451,9 @@ class DiT(nn.Module):
 
     def compile_layers(self):
         """Use torch.compile. The layers are compiled one by one; having the same code, they share
-        their compiled graphs."""
-        torch._dynamo.reset()  # the graphs of earlier models count against a limit
+        their graphs. There is a graph for each shape (`dynamic=False`): sampling needs one for each
+        step, and a last, smaller batch needs others. `compiled_blocks` is a list, which is no part
+        of the module: the names of the weights stay as they are."""
+        torch._dynamo.reset()  # forget the graphs of earlier models
+        torch._dynamo.config.cache_size_limit = 64  # graphs; beyond it, layers run uncompiled
         self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]

@@ -70,8 +70,8 @@ def student_times(student: Student) -> torch.Tensor:
 
 @lru_cache
 def times_on(device: torch.device, student: Student):
-    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Made once
-    for each device, since a copy to a GPU cannot be recorded in a CUDA graph.)"""
+    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Kept,
+    since a copy to a GPU cannot be recorded in a CUDA graph.)"""
     return student_times(student).to(device), torch.tensor(student.timesteps, device=device)
 
 
@@ -252,7 +252,8 @@ class Sampler:
         return states, y
 
     def pixels(self, x):
-        """Images in [-1, 1] of states (b, c, h, w), a few at a time: decoding takes memory."""
+        """Images in [-1, 1] of states (b, c, h, w). Latents are decoded a few at a time, since that
+        takes memory."""
         if self.vae is None:
             return x
         return torch.cat([decode(self.vae, few) for few in x.split(16)])

@@ -9,8 +9,8 @@ them:
     count       two green discs                     three green discs
 
 What makes them useful is that they can be *read back without a learned network*: objects are
-separate, their colours are those of a palette, and their shapes are the renderer's own. So how
-well a generated image follows its caption can be scored exactly (`read_scene`, `score`), in the
+separate, their colours are those of a palette, and their shapes are the renderer's own. So one can
+score exactly how well a generated image follows its caption (`read_scene`, `score`), in the
 categories of T2I-CompBench (arXiv 2307.06350): attribute binding, spatial relation, number.
 
 Objects stand in the cells of a 3×3 grid, a little off their centres. A cell is one patch of the
@@ -70,7 +70,8 @@ def polygon(radii: list[float], start: float):
 
 def outline(name: str, waist: float):
     """The corners of a shape that is a polygon, as x + i·y. They lie in the unit circle, or nearly
-    so. waist: how far the inner corners of a star are from its centre."""
+    so. waist: how far the inner corners of a star are from its centre. (data.py uses it, too, with
+    shapes that are in no scene.)"""
     if name == "heart":  # a well-known curve
         u = np.linspace(0, 2 * math.pi, 60, endpoint=False)
         x = 16 * np.sin(u) ** 3
@@ -267,10 +268,10 @@ def dilate(mask: np.ndarray) -> np.ndarray:
 
 
 def read_scene(image: np.ndarray) -> list[SceneObject]:
-    """The objects in a picture (3, SIZE, SIZE), uint8. These are the regions that are brighter than
-    the ground. Their colour is the nearest of the palette, and their shape is the template with the
-    largest overlap (intersection over union of covers). A region that resembles no shape is not an
-    object, and counts neither for nor against a caption."""
+    """The objects in a picture (3, SIZE, SIZE), uint8. They are looked for in the regions that are
+    brighter than the ground. Their colour is the nearest of the palette, and their shape is the
+    template with the largest overlap (intersection over union of covers). A region that resembles
+    no shape is not an object, and counts neither for nor against a caption."""
     brightness = image.max(axis=0).astype(np.float32)
     objects = []
     for region in connected_components(brightness > 120):
@@ -280,6 +281,7 @@ def read_scene(image: np.ndarray) -> list[SceneObject]:
 
 
 def read_object(image: np.ndarray, region: np.ndarray) -> SceneObject | None:
+    """The object in a region of a picture, None where it resembles no shape."""
     colour = nearest_colour(image[:, region])
     ground, ink = np.array(GROUND, np.float32), np.array(COLOURS[colour], np.float32)
     direction = (ink - ground) / np.square(ink - ground).sum()
@@ -332,7 +334,7 @@ def score(caption: Caption, objects: list[SceneObject]) -> dict[str, float]:
 
 def adherence(images: np.ndarray, captions: list[Caption]) -> dict[str, float]:
     """The mean scores of images (n, 3, SIZE, SIZE), uint8, each made for its caption: the fraction
-    that is wholly right, for each category and in all; then the means of binding, relation and
+    that is wholly right, for each category and overall; then the means of binding, relation and
     count."""
     scores = [score(c, read_scene(image)) for c, image in zip(captions, images, strict=True)]
     means = {}

@@ -5,10 +5,10 @@
     00001.npy     the next SHARD records
     …
 
-A shard is written whole or not at all, with a checksum of each column. What it holds depends only
-on the meta, on its number and, for latents, on the images. So a writer that was stopped can
-continue, and several processes and machines can write into one folder. Shards are memory-mapped
-when they are read.
+A shard is written whole or not at all. What it holds depends only on the meta, on its number and,
+for latents, on the images. So a writer that was stopped can continue, and several processes and
+machines can write into one folder. Shards are memory-mapped when they are read. Behind the columns
+of a shard stand their checksums, which are compared when a column is first read.
 """
 
 import io
@@ -44,7 +44,7 @@ def shard_file(folder: str | Path, number: int) -> Path:
 
 def open_shard(file: Path, record: np.dtype):
     """A memory-mapped shard, in which shard["label"] is the column of labels. None where the file
-    is missing, damaged, cut short, or something else."""
+    is missing, cut short, or something else. (Values are not checked here.)"""
     try:
         shard = np.load(file, mmap_mode="r")
         count = shard["label"].size
@@ -126,7 +126,7 @@ def start_shards(
         if open_shard(file, record) is None:
             missing.append(number)
             if file.exists():
-                print(f"{file} is damaged: writing it again")
+                print(f"{file} is no whole shard of these records: writing it again")
     if missing:
         print(f"writing {len(missing):,} of {count:,} shards of {SHARD} records into {folder}")
     wait_for_all()  # so that all processes have seen the same

@@ -88,7 +88,7 @@ class DDPM:
     @staticmethod
     @lru_cache
     def tables(device: torch.device):
-        """α and σ at t = −1, 0, …, 999. (Made once for each device, since a copy to a GPU cannot be
+        """α and σ at t = −1, 0, …, 999. (Kept for each device, since a copy to a GPU cannot be
         recorded in a CUDA graph.)"""
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         image = torch.ones(1, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """The training loop of teachers and students, and the pieces of it that the GAN stage uses too.
 
 Everything random in an iteration is a function of (seed, iteration), and so is the learning rate. A
-checkpoint holds the rest. So a training that was stopped and started again takes the same steps:
-on a CPU, with as many threads, to the bit. Under torchrun, the processes share each batch.
+checkpoint holds the rest. So a training that was stopped and started again takes the same steps, on
+a CPU with the same number of threads bit for bit. Under torchrun, the processes share each batch.
 """
 
 import copy
@@ -113,7 +113,7 @@ def accumulate_gradients(
     network, loss_of, batches: list[tuple], runtime: Runtime, scaler=None
 ) -> torch.Tensor:
     """Add the gradients of the mean of loss_of(network, *micro_batch), times the factor of
-    `scaler`; return that mean, detached."""
+    `scaler`. Returns the mean, without that factor and detached."""
     total = 0
     for i, batch in enumerate(batches, start=1):
         is_last = i == len(batches)
@@ -129,12 +129,13 @@ def accumulate_gradients(
 
 
 class RecordedPass:
-    """compute(batches), which computes gradients and returns the loss, as a CUDA graph.
+    """Runs compute(batches), which computes gradients and returns the loss, as a CUDA graph.
 
     In a pass of a small network, each of a thousand kernels takes less time than its launch. A CUDA
-    graph launches all of them at once. The first passes run as usual, in a stream of their own, as
-    PyTorch asks: what they initialise cannot be recorded. The next one is recorded. From then on,
-    batches are copied to where the recorded one lay, and gradients and loss are overwritten."""
+    graph launches all of them at once. The first passes run as usual, outside the main stream, as
+    PyTorch asks: what they initialise cannot be recorded. The next pass is recorded, on copies of
+    its batches. From then on, the Python code of `compute` does not run again. Each batch is copied
+    over the recorded one, and the same kernels overwrite the gradients and the loss."""
 
     def __init__(self, compute):
         self.compute = compute
@@ -362,6 +363,7 @@ def train(
     network = share_gradients(model, device) if first < training.iterations else model
 
     def compute_gradients(batches: list[tuple]) -> torch.Tensor:
+        # Here, so that a pass is recorded without gradients: it then writes them, and adds nothing.
         optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(network, loss_of, batches, runtime, scaler)
 
@@ -381,14 +383,14 @@ def train(
             scaler.step(optimizer)  # not where the scaled gradient was infinite
             scaler.update()
             update_ema(ema, model, training.ema_decay, iteration)
-            # Not finite where the gradient is not, unless the scaler deals with that.
+            # 0 · norm is not finite if a gradient is not. (A scaler deals with that itself.)
             loss_sum += loss if scaler.is_enabled() else loss + 0 * norm
 
             done = iteration + 1
             is_last = done == training.iterations
             stop = any_process(interrupted(), device)
             keep = is_last or stop or any_process(clock.due(), device)
-            if is_last or keep or done % LOG_EVERY == 0:
+            if keep or done % LOG_EVERY == 0:
                 loss_sum = all_reduce(loss_sum) / world_size()
                 if not loss_sum.isfinite() or scaler.get_scale() < SMALLEST_SCALE:
                     raise UserError(

@@ -8,8 +8,9 @@ to disk once, into shards (shards.py). Of a trajectory of which m states are kep
     states    (m, c, h, w)       the states x_τ after the kept numbers of Euler steps; the last: x_0
     x0        (m, c, h, w)       the clean predictions x̂_0 of the Euler steps that lead to them
 
-in float16. A student of S steps uses every (m / S)-th of the kept states: 8 of them serve for 1, 2,
-4 or 8 steps. Trajectory i depends on (seed, i) only, so that more can be added later.
+in float16, and only the states or only the x0 where one is enough. A student of S steps uses every
+(m / S)-th of the kept states: 8 of them serve for 1, 2, 4 or 8 steps. Trajectory i depends on
+(seed, i) only, so that more can be added later.
 
 distill.py writes the trajectories that it needs. This program does it before, or on many machines:
 
@@ -202,12 +203,12 @@ def write_trajectories(
     kept. `worker`: see start_shards. Raises UserError where the folder holds something else."""
     shards = ceil(count / SHARD)
     missing = start_shards(folder, asdict(record), record.dtype, shards, worker)
-    solver = copy.deepcopy(teacher)  # students start from the teacher's own weights
+    solver = copy.deepcopy(teacher)  # prepare() rounds weights, from which students start
     runtime.prepare(solver)
     for number in Progress("shards of trajectories", missing, unit="trajectories", size=SHARD):
         indices = range(number * SHARD, (number + 1) * SHARD)
         x_T, y = noise_and_labels(teacher_record, record.seed, indices)
-        states, x0 = solve_in_float16(solver, record, x_T, y, runtime)
+        states, x0 = solve_in_batches(solver, record, x_T, y, runtime)
         if not (states.isfinite().all() and x0.isfinite().all()):
             raise UserError(
                 "the teacher's ODE leads to infinite values: was its training cut short, or is the "
@@ -225,8 +226,9 @@ def write_trajectories(
     wait_for_all()
 
 
-def solve_in_float16(teacher, record: TrajectoryRecord, x_T, y, runtime: Runtime):
-    """`solve`, of as many samples at a time as suits the device."""
+def solve_in_batches(teacher, record: TrajectoryRecord, x_T, y, runtime: Runtime):
+    """`solve`, of as many samples at a time as suits the device. Returns states and clean
+    predictions in float16, on the CPU."""
     states, x0 = [], []
     size = runtime.samples_at_once
     for noise, labels in zip(x_T.split(size), y.split(size), strict=True):
@@ -253,8 +255,8 @@ def open_trajectories(
     runtime: Runtime,
 ) -> Trajectories:
     """The trajectories in a folder, for a student to learn; those that are missing are written. If
-    the folder holds some already, its ODE, kept steps and seed are taken instead of those asked
-    for.
+    the folder holds some already, their ODE, kept steps, seed, and which of states and x0 they keep
+    are taken instead of those asked for.
 
     Raises UserError, before the work, where they are another teacher's or not what the student
     learns."""
