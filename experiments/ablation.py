@@ -49,7 +49,15 @@ from matplotlib.figure import Figure
 
 import data
 from command_line import add_worker_flag, make_parser, positive_int, run_program
-from config import HISTORIES, ODE, PRESETS, Preset, TeacherRecord, override_parts
+from config import (
+    HISTORIES,
+    ODE,
+    PRESETS,
+    Preset,
+    StudentRecord,
+    TeacherRecord,
+    override_parts,
+)
 from distill import add_student_flags, distill, make_student
 from evaluate import (
     ADHERENCE_COLUMNS,
@@ -238,14 +246,27 @@ class Ablation:
 
     def run(self, student: Preset, seed: int):
         """Train a student, evaluate it, and write down what was found."""
-        evaluator = self.evaluator(student.ode)  # first, since it may refuse
+        self.evaluator(student.ode)  # first, since it may refuse
         model, record, losses = self.train(student, seed)
-        name, steps = name_of(self.preset, student), record.student.steps
+        name = name_of(self.preset, student)
+        content = dict(
+            basis=self.basis,
+            name=name,
+            seed=seed,
+            **self.measure(model, record, name),
+            loss=losses[-1][1],  # the distillation loss
+        )
+        save_json(self.file(student, seed), content)
+
+    def measure(self, model: DiT, record: StudentRecord, name: str) -> dict:
+        """What is found of a student."""
+        evaluator, steps = self.evaluator(record.student.ode), record.student.steps
 
         def images(x_T, y):
             return few_step(model, record.student, x_T, y)[:, -1]
 
-        row = evaluator(images, name)
+        row = dict(calls=steps, gmacs=count_macs(record.model, steps) / 1e9)
+        row |= evaluator(images, name)
         x_T, y = evaluator.noise(range(min(SAMPLES, self.images)))
         with self.runtime.autocast():
             trajectory = teacher_trajectory(self.teacher, record.student, x_T, y)
@@ -254,17 +275,7 @@ class Ablation:
                 states = few_step_with_shuffled_history(model, record.student, x_T, y)
                 error = (states[:, -1] - trajectory[:, -1]).square().mean().item()
                 row["shuffled"] = error / exposure["own"][-1]
-        content = dict(
-            basis=self.basis,
-            name=name,
-            seed=seed,
-            calls=steps,
-            gmacs=count_macs(record.model, steps) / 1e9,
-            **row,
-            exposure=exposure,
-            loss=losses[-1][1],  # the distillation loss
-        )
-        save_json(self.file(student, seed), content)
+        return row | dict(exposure=exposure)
 
     def results(self, student: Preset) -> list[dict]:
         """What was found of a student, one dict for each seed. Raises UserError where that was in

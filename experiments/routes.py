@@ -1,0 +1,169 @@
+"""Other routes to the noise: how attention can find the token of x_T at its own position.
+
+A student of x0 predictions has to read x_T, above all at the position of the token that it is about
+to make. The attention that it inherits from its teacher has never looked at another state, and it
+takes long to find that position (docs/results.md). The noise shortcut is one remedy. Here are two
+others. Both change nothing but the attention of the history layers:
+
+    bias         the logit of a query and a key at the same position of two states is increased by a
+                 learned number, one for each head, which starts at 4
+    positions    queries and keys are extended by the sinusoids of their positions. So the logit of
+                 a pair at the same position is increased in the same way, in all states, and that
+                 of neighbours by a part of it
+
+Both are trained and evaluated like the students of `ablation.py`, on the default preset, textures,
+without the noise shortcut. The table has them beside those of results/ablation-textures.json.
+
+    python experiments/routes.py --seeds 3 --images 2000
+
+Students that are finished are kept in the folder --out, and routes.json is written there.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import startup  # noqa: F401  before the large packages
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from command_line import make_parser, positive_int, run_program
+from config import PRESETS
+from distill import distill, make_student
+from experiments.ablation import LEGEND, Ablation, markdown, student_line
+from files import output_folder, save_json
+from machine import add_machine_flags, runtime_from
+from model import Attention, DiT, sincos_positions
+from pretrained import find_teacher
+from trajectories import open_trajectories
+
+PRESET = PRESETS["textures"]
+ABLATION = Path(__file__).parent / "results" / "ablation-textures.json"
+FIRST_BIAS = 4.0
+
+# ---- 1. Two kinds of attention -------------------------------------------------------------------
+
+
+class RoutedAttention(Attention):
+    """Causal attention to the history in which `bias`, one number for each head, favours keys at
+    the position of the query. It starts with the weights of a plain layer."""
+
+    def __init__(self, plain: Attention, width: int, grid_size: int):
+        super().__init__(width, plain.heads)
+        self.load_state_dict(plain.state_dict())
+        self.bias = nn.Parameter(torch.full((plain.heads,), FIRST_BIAS))
+        positions = sincos_positions(grid_size, width)[0]                   # (n, width)
+        self.register_buffer("positions", F.normalize(positions, dim=-1))
+
+    def forward(self, x, history: str, past: list | None):
+        if history == "none":
+            return super().forward(x, history, past)
+        n = x.shape[2]
+        qkv = self.qkv(x)
+        qkv = rearrange(qkv, "b s n (three h d) -> three b h (s n) d", three=3, h=self.heads)
+        q, kv = qkv[0], qkv[1:]
+        if past is not None:
+            kv = torch.cat([*past, kv], dim=3)
+            past[:] = [kv]
+        outputs = []
+        first = kv.shape[3] // n - x.shape[1]
+        for i, query in enumerate(q.split(n, dim=2), start=first):
+            k, v = kv[..., : (i + 1) * n, :]
+            logits = self.logits(i, n).to(query.dtype)
+            outputs.append(F.scaled_dot_product_attention(query, k, v, attn_mask=logits))
+        return self.proj(rearrange(outputs, "s b h n d -> b s n (h d)"))
+
+
+class BiasedAttention(RoutedAttention):
+    def logits(self, i: int, n: int):
+        """What is added to the logits of state i, (h, n, (i + 1)·n): the bias where a key of an
+        earlier state has the position of the query."""
+        same = torch.eye(n, device=self.bias.device)
+        own = torch.zeros_like(same)
+        matrix = torch.cat([same] * i + [own], dim=1)
+        return rearrange(self.bias, "h -> h 1 1") * matrix
+
+
+class PositionedAttention(RoutedAttention):
+    def logits(self, i: int, n: int):
+        """The same for queries and keys that are extended by their positions p, in all states:
+        (q, bias·p)·(k, p) = q·k + bias·p·p'."""
+        similarity = self.positions @ self.positions.T                      # (n, n), 1 for i = j
+        matrix = repeat(similarity, "query key -> query (i key)", i=i + 1)
+        return rearrange(self.bias, "h -> h 1 1") * matrix
+
+
+ROUTES = {"bias": BiasedAttention, "positions": PositionedAttention}
+
+
+def replace_attention(model: DiT, kind: type[RoutedAttention]):
+    """In all layers that read the history."""
+    config = model.config
+    for block in model.blocks[: config.history_layers]:
+        block.attn = kind(block.attn, config.width, config.grid_size)
+
+
+# ---- 2. The program ------------------------------------------------------------------------------
+
+
+def run(ablation: Ablation, name: str, seed: int) -> dict:
+    """Train and evaluate a student. What was trained before is read."""
+    settings = replace(PRESET.student, noise_shortcut=False)
+    trajectories = open_trajectories(
+        ablation.teacher,
+        ablation.teacher_record,
+        PRESET.trajectories,
+        settings,
+        ablation.folder / "trajectories",
+        ablation.runtime,
+    )
+    training = replace(PRESET.distillation, seed=seed)
+    model, record = make_student(
+        ablation.teacher, ablation.teacher_record, settings, trajectories, training
+    )
+    replace_attention(model, ROUTES[name])
+    file = output_folder(ablation.folder / name) / f"{seed}.pt"
+    model, _ = distill(model, record, trajectories, file, ablation.runtime)
+    return dict(seed=seed) | ablation.measure(model, record, f"{name}, seed {seed}")
+
+
+def parse_flags():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--seeds", type=positive_int, default=1, help="trainings of each student (default: 1)")
+    add("--images", type=positive_int, default=5000, help="of each student (default: 5000)")
+    add("--out", type=Path, default=Path("runs/routes"), help="folder (default: runs/routes)")
+    add_machine_flags(parser)
+    return parser.parse_args()
+
+
+def routes_table(students: dict[str, list[dict]]) -> str:
+    """These students beside step distillation, the plain form and the noise shortcut."""
+    others = json.loads(ABLATION.read_text())["students"]
+    control = others["history_layers=0,noise_shortcut=False"]
+    rows = {"plain": others["noise_shortcut=False"], "noise shortcut": others["preset"]} | students
+    lines = {"no history": student_line(control, None)}
+    lines |= {name: student_line(runs, control) for name, runs in rows.items()}
+    return markdown(lines)
+
+
+def main():
+    flags = parse_flags()
+    runtime = runtime_from(flags, PRESET.bf16)
+    out = output_folder(flags.out)
+    teacher, record = find_teacher(None, "textures", out, runtime.device)
+    ablation = Ablation(PRESET, teacher, record, out, flags.images, runtime)
+    students = {name: [run(ablation, name, i) for i in range(flags.seeds)] for name in ROUTES}
+    content = dict(images=flags.images, students=students)
+    save_json(out / "routes.json", content)
+    print(f"\n{routes_table(students)}\n{LEGEND}\nwrote {out / 'routes.json'}")
+
+
+if __name__ == "__main__":
+    run_program(main)
