@@ -466,8 +466,13 @@ def draw(content: dict, file: Path):
         return
     students = content["students"]
     everywhere = [abs(run["above"]) for runs in students.values() for run in runs]
-    page = Figure((1.2 + 2.1 * len(shown), 5.6), layout="tight")
-    axes = page.subplots(2, len(shown), squeeze=False, sharey="row")
+    labels = {  # one line for each setting that a row changes
+        factor: [row["title"].replace(f"{factor} = ", "").replace(", ", "\n") for row in rows]
+        for factor, rows in shown.items()
+    }
+    widths = [max(2.1, 0.3 * "\n".join(texts).count("\n")) for texts in labels.values()]  # inches
+    page = Figure((1.2 + sum(widths), 5.6), layout="tight")
+    axes = page.subplots(2, len(shown), squeeze=False, sharey="row", width_ratios=widths)
     axes[0, 0].set(yscale="log", ylabel="error to the\nteacher's images")
     axes[1, 0].set_yscale("symlog", linthresh=statistics.median(everywhere))
     axes[1, 0].set_ylabel("Fréchet distance\nabove the teacher's")
@@ -479,8 +484,7 @@ def draw(content: dict, file: Path):
                 for x, values in enumerate(seeds):
                     axis.plot([x] * len(values), values, f"C{i}o", markersize=4, alpha=0.7)
             axis.set_xticks(range(len(rows)), [""] * len(rows))
-        titles = [row["title"].replace(f"{factor} = ", "").replace(", ", "\n") for row in rows]
-        bottom.set_xticks(range(len(rows)), titles, fontsize=7, rotation=40, ha="right")
+        bottom.set_xticks(range(len(rows)), labels[factor], fontsize=7, rotation=40, ha="right")
         top.set_title(factor, fontsize=10)
     axes[0, 0].legend(fontsize=8)
     replace_file(file, lambda opened: page.savefig(opened, dpi=110))
