@@ -15,6 +15,10 @@
 # TINY=1 does the same in minutes on any machine, with sizes at which no result means anything.
 
 set -u
+if [ $# -lt 2 ]; then
+    echo "usage: bash experiments/on_a_gpu.sh measure|cifar|shapes OUT [CIFAR]" >&2
+    exit 1
+fi
 part=$1 out=$(realpath -m "$2") cifar=$(realpath -m "${3:-.}")
 cd "$(dirname "$0")/.." && mkdir -p "$out" runs/gpu
 
