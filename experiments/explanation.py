@@ -95,7 +95,7 @@ def coordinates() -> dict[str, tuple[float, float]]:
 
 
 def draw(points: dict[str, tuple[float, float]], file: Path):
-    figure, [axis] = new_figure(6.5, 4.4)
+    figure, [axis] = new_figure(7.2, 4.4)
     for i, (label, (x, y)) in enumerate(points.items()):
         axis.plot(x, y, "o")
         where = (6, (5, -12)[i % 2])  # points, to the right and above or below
@@ -108,7 +108,7 @@ def draw(points: dict[str, tuple[float, float]], file: Path):
         xlabel="error of the second step without history / error of a single step from x_T",
         ylabel="final error without history / with history",
     )
-    axis.margins(0.4)
+    axis.margins(x=0.6, y=0.3)
     save_figure(figure, file)
 
 
