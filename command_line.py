@@ -19,6 +19,7 @@ from machine import add_machine_flags, is_lack_of_memory, rank, wait_for_all, wo
 ADVICE = {  # for errors of the system
     errno.ENOSPC: "make room, and give the same command again",
     errno.EDQUOT: "make room, and give the same command again",
+    errno.EFBIG: "allow larger files, with ulimit -f unlimited",
     errno.EACCES: "choose another place, or change its permissions",
     errno.EROFS: "choose another place, which can be written to",
     errno.EMFILE: "allow more open files, with ulimit -n 4096",

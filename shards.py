@@ -44,10 +44,10 @@ def shard_file(folder: str | Path, number: int) -> Path:
 
 def open_shard(file: Path, record: np.dtype):
     """A memory-mapped shard, in which shard["label"] is the column of labels. None where the file
-    is missing, cut short, or something else. (Values are not checked here.)"""
+    is missing, cut short, or damaged at its head. (Values are not checked here.) Raises UserError
+    where it holds other records: it may be of use to someone."""
     try:
         shard = np.load(file, mmap_mode="r")
-        count = shard["label"].size
         is_whole = file.stat().st_size == shard.offset + shard.nbytes
     except FileNotFoundError:
         return None
@@ -55,8 +55,22 @@ def open_shard(file: Path, record: np.dtype):
         raise
     except Exception:  # a damaged header makes np.load raise all sorts of exceptions
         return None
-    is_ours = shard.shape == () and shard.dtype == shard_dtype(record, count)
-    return np.asarray(shard) if is_ours and is_whole else None
+    if not is_whole:
+        return None
+    names = shard.dtype.names or ()
+    count = shard["label"].size if "label" in names else 0
+    if shard.shape != () or shard.dtype != shard_dtype(record, count):
+        raise UserError(
+            f"{file} holds other records than meta.json says: choose another folder, or remove "
+            "that one"
+        )
+    return np.asarray(shard)
+
+
+def checksum(folder: str | Path, number: int, name: str, column) -> int:
+    """Of a column of a shard, and of where it belongs: the folder's meta and the shard's number."""
+    meta = json.dumps(read_meta(folder), sort_keys=True)
+    return zlib.crc32(column, zlib.crc32(f"{meta} {number} {name}".encode()))
 
 
 def write_shard(folder: Path, number: int, record: np.dtype, **columns):
@@ -65,7 +79,7 @@ def write_shard(folder: Path, number: int, record: np.dtype, **columns):
     shard = np.zeros((), shard_dtype(record, len(columns["label"])))
     for name in record.names:
         shard[name] = columns[name]
-    shard["crc32"] = [zlib.crc32(shard[name]) for name in record.names]
+    shard["crc32"] = [checksum(folder, number, name, shard[name]) for name in record.names]
     # First into memory: when numpy writes into a file, it does not say that the disk is full.
     content = io.BytesIO()
     np.save(content, shard)
@@ -112,7 +126,8 @@ def start_shards(
     if there is None:
         others = [file for file in folder.iterdir() if file.name[0] != "."]
         if others and others != [folder / "meta.json"]:  # another worker may have written it now
-            raise UserError(f"{folder} holds other files: choose another folder")
+            missing = " and no meta.json" if shard_file(folder, 0) in others else ""
+            raise UserError(f"{folder} holds other files{missing}: choose another folder")
         save_json(folder / "meta.json", meta)
     elif there != meta:
         raise UserError(
@@ -126,7 +141,7 @@ def start_shards(
         if open_shard(file, record) is None:
             missing.append(number)
             if file.exists():
-                print(f"{file} is no whole shard of these records: writing it again")
+                print(f"{file} is damaged: writing it again")
     if missing:
         print(f"writing {len(missing):,} of {count:,} shards of {SHARD} records into {folder}")
     wait_for_all()  # so that all processes have seen the same
@@ -174,10 +189,11 @@ class Shards:
         UserError where they differ."""
         shard = self.open(number)
         if (number, name) not in self.checked:
-            if zlib.crc32(shard[name]) != shard["crc32"][self.names.index(name)]:
+            found = checksum(self.folder, number, name, shard[name])
+            if found != shard["crc32"][self.names.index(name)]:
                 raise UserError(
-                    f"{shard_file(self.folder, number)} is damaged: remove it, and run the program "
-                    "that writes this folder again"
+                    f"{shard_file(self.folder, number)} is damaged, or does not belong there: "
+                    "remove it, and run the program that writes this folder again"
                 )
             self.checked.add((number, name))
         return shard[name]

@@ -15,11 +15,12 @@
 # TINY=1 does the same in minutes on any machine, with sizes at which no result means anything.
 
 set -u
-if [ $# -lt 2 ]; then
-    echo "usage: bash experiments/on_a_gpu.sh measure|cifar|shapes OUT [CIFAR]" >&2
-    exit 1
-fi
-part=$1 out=$(realpath -m "$2") cifar=$(realpath -m "${3:-.}")
+case "${1:-} $#" in
+    "measure 2" | "shapes 2" | "cifar 3") ;;
+    *) echo "usage: bash experiments/on_a_gpu.sh measure OUT | shapes OUT | cifar OUT CIFAR" >&2
+       exit 1 ;;
+esac
+part=$1 out=$(realpath -m "$2") cifar=$(realpath -m "${3:-.}") failed=0
 cd "$(dirname "$0")/.." && mkdir -p "$out" runs/gpu
 
 seconds=130 textures="" history_layers=12
@@ -44,7 +45,9 @@ logged() {  # logged NAME COMMAND…: run it, and keep the end of what it says, 
     local name=$1 began=$SECONDS
     shift
     "$@" > "runs/gpu/$name.log" 2>&1
-    echo "exit status $?, $((SECONDS - began)) s: $*" >> "runs/gpu/$name.log"
+    local status=$?
+    if [ $status -ne 0 ]; then failed=1; fi
+    echo "exit status $status, $((SECONDS - began)) s: $*" >> "runs/gpu/$name.log"
     tail -n 40 "runs/gpu/$name.log" > "$out/$name.log"
 }
 
@@ -75,7 +78,5 @@ shapes() {
     keep shapes runs/gpu/shapes
 }
 
-case $part in
-    measure | cifar | shapes) $part ;;
-    *) echo "error: the parts are measure, cifar and shapes, not $part" >&2; exit 1 ;;
-esac
+$part
+exit $failed

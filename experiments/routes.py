@@ -159,6 +159,7 @@ def main():
     out = output_folder(flags.out)
     teacher, record = find_teacher(None, "textures", out, runtime.device)
     ablation = Ablation(PRESET, teacher, record, out, flags.images, runtime)
+    ablation.evaluator(record.ode)  # it may refuse: before the work
     students = {name: [run(ablation, name, i) for i in range(flags.seeds)] for name in ROUTES}
     content = dict(images=flags.images, students=students)
     save_json(out / "routes.json", content)

@@ -1,6 +1,7 @@
 """Shards: whole or not at all, the same from any writer, and never another folder's."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -49,8 +50,6 @@ def test_a_large_folder_opens_few_files_at_a_time(tmp_path, monkeypatch):
     lambda shard: bytes(40) + shard[40:],  # a wrong header
     lambda shard: shard[:40] + bytes(len(shard) - 40),
     lambda shard: b"PK\x03\x04" + shard[4:],
-    lambda shard: shard.replace(b"<f2", b"<i2", 1),
-    lambda shard: shard.replace(b"(5, 2, 3)", b"(5, 3, 2)", 1),
 ])
 def test_a_damaged_shard_is_noticed(tmp_path, damage, capsys):
     for number in range(3):
@@ -63,8 +62,43 @@ def test_a_damaged_shard_is_noticed(tmp_path, damage, capsys):
         Shards(tmp_path, RECORD, 3)
     (tmp_path / "meta.json").write_text(json.dumps(META))
     assert start_shards(tmp_path, META, RECORD, 3) == [1]
-    printed = capsys.readouterr().out
-    assert f"{file} is no whole shard of these records: writing it again\nwriting 1 of 3" in printed
+    assert f"{file} is damaged: writing it again\nwriting 1 of 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [
+    lambda shard: shard.replace(b"<f2", b"<i2", 1),
+    lambda shard: shard.replace(b"(5, 2, 3)", b"(5, 3, 2)", 1),
+])
+def test_a_shard_of_other_records_is_left_alone(tmp_path, other):
+    write_shard(tmp_path, 0, RECORD, **columns(5))
+    (tmp_path / "meta.json").write_text(json.dumps(META))
+    file = shard_file(tmp_path, 0)
+    content = other(file.read_bytes())
+    file.write_bytes(content)
+    for attempt in (partial(start_shards, tmp_path, META), partial(Shards, tmp_path)):
+        with pytest.raises(UserError, match="00000.npy holds other records than meta.json says"):
+            attempt(RECORD, 1)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", ["swapped", "of another folder", "with another meta"])
+def test_a_shard_in_the_wrong_place_is_not_read(tmp_path, change):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(json.dumps(META | dict(name=name)))
+        for number in range(2):
+            write_shard(tmp_path / name, number, RECORD, **columns(5, number))
+    Shards(tmp_path / "a", RECORD, 2).column("x")
+    if change == "swapped":
+        shard_file(tmp_path / "a", 0).rename(tmp_path / "c")
+        shard_file(tmp_path / "a", 1).rename(shard_file(tmp_path / "a", 0))
+        (tmp_path / "c").rename(shard_file(tmp_path / "a", 1))
+    elif change == "of another folder":
+        shard_file(tmp_path / "b", 0).rename(shard_file(tmp_path / "a", 0))
+    else:
+        (tmp_path / "a" / "meta.json").write_text(json.dumps(META | dict(name="c")))
+    with pytest.raises(UserError, match="00000.npy is damaged, or does not belong there"):
+        Shards(tmp_path / "a", RECORD, 2).column("x")
 
 
 @pytest.mark.parametrize("name", ["label", "x", "crc32"])
@@ -78,7 +112,7 @@ def test_a_changed_value_is_not_read(tmp_path, name):
     folder = Shards(tmp_path, RECORD, 2)
     wanted = "x" if name == "crc32" else name
     folder.value(wanted, 4)
-    message = "00001.npy is damaged: remove it, and run the program that writes this folder again"
+    message = "00001.npy is damaged, or does not belong there: remove it, and run the program that"
     with pytest.raises(UserError, match=message):
         folder.value(wanted, 5)
     with pytest.raises(UserError, match=message):
@@ -109,6 +143,9 @@ def test_workers_and_processes_share_the_shards(tmp_path, monkeypatch):
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("notes")
+    write_shard(tmp_path / "lost", 0, RECORD, **columns(5))
+    with pytest.raises(UserError, match="lost holds other files and no meta.json: choose another"):
+        start_shards(tmp_path / "lost", META, RECORD, 1)
     with pytest.raises(UserError, match="notes holds other files: choose another folder"):
         start_shards(tmp_path / "notes", META, RECORD, 1)
     assert [file.name for file in (tmp_path / "notes").iterdir()] == ["a.txt"]
