@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from experiments import ablation, benchmark, cost
+from experiments import ablation, benchmark, cost, routes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -142,6 +142,7 @@ def tables() -> dict[str, str]:
     found["summary"] = summary_table()
     found["second stage"] = second_stage_table()
     found["goals"] = goals_table()
+    found["routes"] = routes.routes_table(read("routes")["students"])
     columns = evaluate.COLUMNS | evaluate.MORE_COLUMNS | evaluate.ADHERENCE_COLUMNS
     for file in sorted(RESULTS.glob("*.json")):
         content = json.loads(file.read_text())
