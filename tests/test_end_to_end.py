@@ -44,7 +44,7 @@ def run(folder, script, *words):
 
 
 def test_distil_and_sample(tmp_path):
-    said = run(tmp_path, "distill.py", "--count", 256, "--iterations", 12, "--batch", 16)
+    said = run(tmp_path, "distill.py", "--count", 256, "--iterations", 4, "--batch", 8)
     assert "writing 1 of 1 shards of 256" in said
     out = tmp_path / "runs/textures"
     rows = json.loads((out / "result.json").read_text())["rows"]
@@ -61,11 +61,11 @@ def test_distil_and_sample(tmp_path):
 
 def test_train_a_teacher_distil_and_evaluate(tmp_path):
     """In the plane, where it takes seconds."""
-    short = ("--preset", "points", "--iterations", 12)
+    short = ("--preset", "points", "--iterations", 4, "--batch", 64)
     run(tmp_path, "teacher.py", *short)
     run(tmp_path, "distill.py", *short, "--count", 256)
     student = (tmp_path / "runs/points/student.pt").read_bytes()
-    said = run(tmp_path, "evaluate.py", "runs/points", "--count", 300)
+    said = run(tmp_path, "evaluate.py", "runs/points", "--count", 100)
     result = json.loads((tmp_path / "runs/evaluation/evaluation.json").read_text())
     for row in result["rows"]:
         assert row in said

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import teacher
 import training
 from config import Training
 from files import UserError, export, load_checkpoint
@@ -156,6 +157,14 @@ def test_a_second_signal_stops_at_once(tmp_path, handlers):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 SLOW_TEACHER = """
 import runpy, sys, time, data
 draw = data.Dataset.draw
@@ -169,9 +178,9 @@ runpy.run_path("teacher.py", run_name="__main__")
 """
 
 
-def test_ctrl_c_to_a_real_process(tmp_path):
-    """teacher.py is slowed down, so that the signal falls in the middle on any machine. Then comes
-    the plain command again."""
+def test_ctrl_c_to_a_real_process(tmp_path, monkeypatch, one_thread):
+    """teacher.py is slowed down, so that the signal falls in the middle on any machine. Then the
+    same training is continued in this process, with as many threads."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = dict(cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE)
     flags = "--preset points --iterations 60 --batch 16 --device cpu --out".split()
@@ -191,9 +200,10 @@ def test_ctrl_c_to_a_real_process(tmp_path):
     done = read(cut)["iteration"]
     assert 0 < done < 60 and f"{cut} holds {done} of 60 iterations" in errors
 
+    monkeypatch.setattr(training, "LOG_EVERY", 50)  # as in the process
     for file in (cut, whole):
-        command = [sys.executable, "teacher.py", *flags, file.parent]
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, **options)
+        monkeypatch.setattr(sys, "argv", ["teacher.py", *flags, str(file.parent)])
+        teacher.main()
     continued, expected = read(cut), read(whole)
     assert expected["iteration"] == 60 and expected["losses"] and expected["optimizer"]["state"]
     assert not same(expected["model"], expected["ema"])
