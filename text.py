@@ -15,7 +15,7 @@ There are two encoders:
 
     words    for the scenes of scenes.py. A word becomes three parts, joined: a fixed random vector
              for itself; the vector of the word before it, so that that of "star" also says "red";
-             and sinusoids for its place in the caption. This encoder is not learned.
+             and sinusoids for its position in the caption. This encoder is not learned.
     T5       for the public networks. `transformers` encodes a file of prompts, one a line, once:
 
                  python text.py --prompts FILE --encoder google/t5-v1_1-xxl --out DIR

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is measured on a GPU, in three parts. Each wants the GPU for itself: three small
-# trainings at once took as long as one after the other.
+# Everything that is measured on a GPU, in three parts. Run one at a time: small trainings that share
+# a GPU slow one another.
 #
 #     bash experiments/on_a_gpu.sh measure OUT        the benchmark, then python distill.py with its
 #                                                     time: three to four minutes on an H200
