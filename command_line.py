@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import UserError, export_file, one_line
+from files import UserError, one_line
 from machine import add_machine_flags, is_lack_of_memory, rank, wait_for_all, world_size
 
 
@@ -158,7 +158,6 @@ def add_training_flags(parser):
         help="recompute activations in the backward pass, which saves memory",
     )
     add("--accumulate", type=positive_int, metavar="K", help="split a batch into K micro-batches")
-    add("--export", type=export_file, metavar="FILE", help="also write the result, in float16")
     add_machine_flags(parser, can_compile=True)
 
 

@@ -71,7 +71,7 @@ pictures. An interrupted run is continued. These are the teacher, and where its 
 import startup  # noqa: F401  before the large packages
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -98,7 +98,7 @@ from config import (
     override_parts,
 )
 from evaluate import report
-from files import UserError, check_export, export, fingerprint, load_weights, output_folder
+from files import UserError, fingerprint, load_weights, output_folder
 from machine import Runtime, rank, runtime_from, world_size
 from model import DiT
 from pixart import use_prompts
@@ -303,7 +303,6 @@ def main():
     if settings.steps != usual.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
     student_config(teacher_record, settings)  # it may refuse: before the work begins
-    check_export(flags.export, out / "student.pt")
     home = out if (out / "teacher.pt").exists() else runs
     trajectories = open_trajectories(
         teacher,
@@ -323,9 +322,6 @@ def main():
         settings = replace(settings, history_layers=0, noise_shortcut=False)
     if rank() > 0:
         return
-    if flags.export:
-        ema, record = next(iter(trained.values()))
-        export(flags.export, "student", asdict(record), ema.state_dict())
     report(teacher, trained, losses, out, runtime)
 
 

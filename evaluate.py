@@ -26,7 +26,6 @@ teacher's, as in training.
 
     python evaluate.py                            the shipped student
     python evaluate.py runs/textures runs/other   students of one teacher, side by side
-    python evaluate.py --flops XL/2               what the history costs, by count
 
 Results go into runs/evaluation: evaluation.json, samples.png, exposure.png and attention.png.
 """
@@ -49,23 +48,8 @@ from einops import rearrange, reduce
 from torch import nn
 
 import data
-from command_line import (
-    add_teacher_kind,
-    make_parser,
-    non_negative_int,
-    positive_int,
-    run_program,
-)
-from config import (
-    HISTORIES,
-    ODE,
-    ClassifierRecord,
-    ModelConfig,
-    Student,
-    StudentRecord,
-    Training,
-    parse_size,
-)
+from command_line import add_teacher_kind, make_parser, positive_int, run_program
+from config import ODE, ClassifierRecord, ModelConfig, Student, StudentRecord, Training
 from figures import draw_curves, draw_losses, new_figure, plain, save_figure
 from files import (
     UserError,
@@ -304,7 +288,7 @@ def features(classifier: Classifier, images, batch: int = 500):
 class Evaluator:
     """Compares methods with the teacher's images of the same noises, and with real images.
 
-    teacher, ode    whose images are the target, and how they are made
+    teacher, ode    whose images all others are compared with, and how they are made
     record          a TeacherRecord or StudentRecord: shape, classes and data
     count           images of each method; fewer where the data set has fewer
     data            a DataConfig, if it is not the record's. Where its source is None, there are no
@@ -338,14 +322,14 @@ class Evaluator:
             self.load_real_images(config, test)
         _, labels = self.noise(range(self.count))
         self.labels = labels.cpu()
-        self.target, ms = self.teacher_images(teacher, ode, cache)
+        self.teacher_images, ms = self.make_teacher_images(teacher, ode, cache)
         self.teacher_row = dict(ms=ms, error=0.0)
         if self.classifier is not None:
-            self.teacher_features, classes = features(self.classifier, self.target)
+            self.teacher_features, classes = features(self.classifier, self.teacher_images)
             distances = self.distances(self.teacher_features, classes, self.labels)
             self.teacher_row |= distances | dict(above=0.0, chance=0.0)
             run = teacher_method(teacher, ode).images
-            self.teacher_row |= self.adherence(run, self.target, "teacher")
+            self.teacher_row |= self.adherence(run, self.teacher_images, "teacher")
 
     def load_real_images(self, config, test: str | None):
         classes = self.record.classes
@@ -417,8 +401,9 @@ class Evaluator:
                 )
         return torch.cat(made), statistics.median(ms)
 
-    def teacher_images(self, teacher, ode: ODE, cache: Path | None):
-        """As `generate`: from the cache, if its images were made in the same way."""
+    def make_teacher_images(self, teacher, ode: ODE, cache: Path | None):
+        """The teacher's images, as `generate` returns them: from the cache, if those there were
+        made in the same way."""
         weights = fingerprint(teacher.state_dict())
         settings = [weights, ode, self.count, self.record.class_weights, self.runtime]
         key = repr(settings)
@@ -449,7 +434,7 @@ class Evaluator:
         """The row of a method: its error and, where there are real images, the other measures.
         run(x_T, y) -> images (b, c, h, w)."""
         images, ms = self.generate(run, title)
-        squares = (images - self.target).square()
+        squares = (images - self.teacher_images).square()
         row = dict(ms=ms, error=squares.mean().item())
         if self.classifier is None:
             return row
@@ -608,11 +593,14 @@ def measure_curves(teacher, students: dict, evaluator: Evaluator):
     curves, shares = {}, {}
     x_T, y = evaluator.noise(range(EXPOSURE_SAMPLES))
     few = slice(ATTENTION_SAMPLES)
+    trajectories = {}  # what a student learns -> the teacher's trajectory
     for name, (model, record) in students.items():
         student = record.student
         with evaluator.runtime.autocast():
-            trajectory = teacher_trajectory(teacher, student, x_T, y)
-            curves[name] = exposure_bias(model, student, trajectory, y)
+            key = student.ode, student.target_steps, student.targets
+            if key not in trajectories:
+                trajectories[key] = teacher_trajectory(teacher, student, x_T, y)
+            curves[name] = exposure_bias(model, student, trajectories[key], y)
             if model.config.history_layers > 0 and reads_history(record):
                 states = few_step(model, student, x_T[few], y[few])[:, :-1]
                 shares[name] = attention_shares(model, student, states, y[few])
@@ -646,28 +634,6 @@ def count_macs(config: ModelConfig, states: int = 1) -> int:
         prompt = words * d * (config.text_width + d + config.depth * 2 * d)  # once for all states
         per_state = 256 * d + 7 * d * d
     return states * (n * per_token + per_state) + pairs * per_pair + shortcut + prompt
-
-
-def history_costs(flags) -> dict[str, dict]:
-    """For each kind of history, a row: billions of multiply-accumulates for an image ("gmacs"), and
-    by how many per cent that is more than without history."""
-    rows = {}
-    for history in HISTORIES:
-        try:
-            config = ModelConfig(
-                image_size=flags.image_size,
-                channels=flags.channels,
-                classes=1000,
-                history=history,
-                history_layers=flags.history_layers,
-                **parse_size(flags.flops),
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        macs = count_macs(config, flags.steps)
-        plain = flags.steps * count_macs(config)
-        rows[f"{history} history"] = dict(gmacs=macs / 1e9, percent=100 * (macs / plain - 1))
-    return rows
 
 
 # ---- 6. Tables and figures -----------------------------------------------------------------------
@@ -909,22 +875,12 @@ def parse_flags():
     add("--test", **folder, help="real images to compare with (default: the held-out ones)")
     add("--count", type=positive_int, default=5000, help="images of each method (default: 5000)")
     add("--out", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
-    group = parser.add_argument_group("the cost of reading a history, by count, and nothing else")
-    add = group.add_argument
-    add("--flops", metavar="SIZE/PATCH", help="of a network of this size, such as XL/2")
-    add("--image-size", type=positive_int, default=32, help="pixels or latents a side; default: 32")
-    add("--channels", type=positive_int, default=4, help="default: 4")
-    add("--steps", type=positive_int, default=4, help="states that are read (default: 4)")
-    add("--history-layers", type=non_negative_int, default=6, help="default: 6")
     add_machine_flags(parser)
     return parser.parse_args()
 
 
 def main():
     flags = parse_flags()
-    if flags.flops:
-        print(table(history_costs(flags), {"gmacs": ".2f", "percent": ".2f"}))
-        return
     runtime = runtime_from(flags)
     out = output_folder(flags.out, "evaluation.json", "samples.png")
     students = find_students(flags.runs, runtime.device)

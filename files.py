@@ -216,18 +216,12 @@ def check_finite(weights: dict, path):
 
 
 def export_file(path: str | Path) -> Path:
-    """The path for an exported network. Raises UserError where a file is there: nothing is
-    overwritten."""
+    """For argparse, too: the path for an exported network. Raises UserError where a file is there:
+    nothing is overwritten."""
     path = output_file(path)
     if path.exists():
         raise UserError(f"{path} is there already: export to another file, or remove it")
     return path
-
-
-def check_export(path: Path | None, checkpoint: Path):
-    """Raises UserError where a network is to be exported onto its own training's checkpoint."""
-    if path is not None and path.resolve() == checkpoint.resolve():
-        raise UserError(f"--export {path} is the training's own checkpoint: choose another file")
 
 
 def export(path: str | Path, kind: str, record: dict, weights: dict):

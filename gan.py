@@ -72,8 +72,6 @@ from evaluate import check_classes, report
 from figures import new_figure, save_figure
 from files import (
     UserError,
-    check_export,
-    export,
     fingerprint,
     first_difference,
     one_line,
@@ -233,29 +231,29 @@ def optimizer_step(network, optimizer, lr, loss_of, batches: list, runtime: Runt
 
 class GANTrainer:
     """The networks, and one iteration of their training. `first`: the student of the first stage,
-    which is copied. `record`: its record, with `gan` and `gan_training` set."""
+    of which `model` begins as a copy. `record`: its record, with `gan` and `gan_training` set."""
 
-    PARTS = ("ema", "student", "optimizer", "discriminator", "discriminator_optimizer")
+    PARTS = ("ema", "model", "optimizer", "discriminator", "discriminator_optimizer")
 
     def __init__(self, first: DiT, record: StudentRecord, teacher: DiT, runtime: Runtime):
         self.record, self.runtime = record, runtime
         gan, settings, device = record.gan, record.gan_training, runtime.device
-        student = copy.deepcopy(first).to(device).train().requires_grad_(True)
-        student.pos_embed.requires_grad_(False)
-        student.checkpointing = runtime.checkpointing
+        model = copy.deepcopy(first).to(device).train().requires_grad_(True)
+        model.pos_embed.requires_grad_(False)
+        model.checkpointing = runtime.checkpointing
         torch.manual_seed(settings.seed)
         teacher = copy.copy(teacher)  # with the same weights; the caller's is not compiled
         discriminator = Discriminator(teacher, record.student.ode, gan).to(device)
 
-        self.student, self.discriminator = student, discriminator
-        self.ema = copy.deepcopy(student).eval().requires_grad_(False)
+        self.model, self.discriminator = model, discriminator
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         if runtime.compile:
-            student.compile_layers()
+            model.compile_layers()
             teacher.compile_layers()
-        self.optimizer = training.make_optimizer(student, settings.lr)
+        self.optimizer = training.make_optimizer(model, settings.lr)
         self.discriminator_optimizer = training.make_optimizer(discriminator, gan.discriminator_lr)
         # Under torchrun, these average their gradients over all processes.
-        self.student_network = training.share_gradients(student, device)
+        self.network = training.share_gradients(model, device)
         self.discriminator_network = training.share_gradients(discriminator, device)
         self.inputs = {}  # what the training depends on beside the record: see train_gan
         self.iteration, self.losses, self.note = 0, [], ""
@@ -280,7 +278,7 @@ class GANTrainer:
         [g] = torch.autograd.grad(adversarial, seen)
         product = (images * g).sum()
         factor = gan.weight if self.iteration >= gan.warmup else 0.0
-        last_layer = getattr(self.student, self.student.output_layer_names[-1])
+        last_layer = getattr(self.model, self.model.output_layer_names[-1])
         weight = adaptive_weight(distillation, product, last_layer.linear.weight, factor)
         loss = distillation + weight * product
         return loss, (distillation, adversarial, weight), images.detach()
@@ -302,7 +300,7 @@ class GANTrainer:
         settings = self.record.gan_training
         batches = training.micro_batches(batch, self.runtime)
         student_values, generated = optimizer_step(
-            self.student_network,
+            self.network,
             self.optimizer,
             training.learning_rate(self.iteration, settings),
             self.student_loss,
@@ -318,7 +316,7 @@ class GANTrainer:
             [(*batch, images) for batch, images in zip(batches, generated, strict=True)],
             self.runtime,
         )
-        training.update_ema(self.ema, self.student, settings.ema_decay, self.iteration)
+        training.update_ema(self.ema, self.model, settings.ema_decay, self.iteration)
         self.sums += torch.cat([student_values, discriminator_values])
         self.iteration += 1
 
@@ -445,7 +443,7 @@ def make_trainer(first, record, teacher, trajectories, dataset, file, runtime) -
 
 def train_gan(
     first: DiT, record: StudentRecord, teacher: DiT, trajectories: Trajectories,
-    dataset: data.Dataset, file: Path, runtime: Runtime, save_seconds=None,
+    dataset: data.Dataset, file: Path, runtime: Runtime,
 ):
     """Fine-tune a copy of the student of the first stage, into the checkpoint `file`. Continues
     what is there. `record`: its record, with `gan` and `gan_training` set. Returns (the EMA of the
@@ -455,7 +453,7 @@ def train_gan(
     settings, device = record.gan_training, runtime.device
     todo = range(trainer.iteration, settings.iterations)
     progress = Progress("GAN", todo, start=todo.start, unit="images", size=settings.batch)
-    clock = training.SaveClock(save_seconds)
+    clock = training.SaveClock()
     with training.only_training(file), training.interrupts() as interrupted:
         for iteration in progress:
             trainer.step(draw_batch(trajectories, dataset, settings, iteration))
@@ -558,14 +556,11 @@ def main():
     folder = flags.trajectories or home / "trajectories"
     trajectories = open_same_trajectories(record, teacher, teacher_record, preset, folder, runtime)
     file = out / "student.pt"
-    check_export(flags.export, file)
     ema, losses = train_gan(first, record, teacher, trajectories, dataset, file, runtime)
     name = "R + G" if preset.gan.weight else "R, longer"
     students[name] = (ema, record)
     if rank() > 0:
         return
-    if flags.export:
-        export(flags.export, "student", asdict(record), ema.state_dict())
     draw_losses(losses, out / "gan.png")
     report(teacher, students, {name: losses}, out, runtime)
 

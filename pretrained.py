@@ -15,15 +15,21 @@ its network was trained for, is filled in from the papers and the public code.
 
 DiT, SiT and REPA differ in what they predict and in how time is given to them, but their weights
 have the same names. They are told apart by how they behave (`recognise`).
+
+    python pretrained.py runs/textures/student.pt small.pt     the network alone, in float16: an
+                                                               eighth of a training's checkpoint
 """
+
+import startup  # noqa: F401  before the large packages
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
+from command_line import add_teacher_kind, make_parser, run_program
 from config import (
     AUTHORS_TARGET_STEPS,
     AUTHORS_TIMESTEPS,
@@ -38,6 +44,8 @@ from files import (
     UserError,
     check_checkpoint,
     check_finite,
+    export,
+    export_file,
     load_weights,
     optional_import,
     read_checkpoint,
@@ -426,3 +434,28 @@ def read_parts(folder: Path) -> dict:
     for file in sorted(files, key=lambda file: len(file.name), reverse=True):
         weights |= read_file(file)
     return weights
+
+
+# ---- 5. The program ------------------------------------------------------------------------------
+
+
+def parse_flags():
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("file", type=Path, help="a student or a teacher: any of the above")
+    add("out", type=export_file, help="the file to write")
+    add_teacher_kind(parser)
+    return parser.parse_args()
+
+
+def main():
+    flags = parse_flags()
+    model, record = load_network(
+        flags.file, "student", "teacher", teacher_kind=flags.teacher_kind
+    )
+    kind = "student" if isinstance(record, StudentRecord) else "teacher"
+    export(flags.out, kind, asdict(record), model.state_dict())
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -30,7 +30,7 @@ which the network is told this time. For flow matching, t runs from 1 to 0 and t
 import startup  # noqa: F401  before the large packages
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from einops import rearrange
 import data
 from command_line import add_training_flags, make_parser, non_negative, positive_int, run_program
 from config import ODE, PRESETS, ModelConfig, Preset, TeacherRecord, override_parts, parse_size
-from files import UserError, check_export, export, output_file
+from files import UserError, output_file
 from machine import Runtime, rank, runtime_from
 from model import DiT
 from training import train
@@ -374,12 +374,9 @@ def main():
     runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
     folder = flags.out or Path("runs") / flags.preset
     file = output_file(folder / "teacher.pt")
-    check_export(flags.export, file)
     ema, record = train_teacher(preset, file, runtime)
     if rank() > 0:
         return
-    if flags.export:
-        export(flags.export, "teacher", asdict(record), ema.state_dict())
     print(f"wrote {file}")
     draw_samples(ema, record, file.with_suffix(".png"), runtime)
 

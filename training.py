@@ -226,23 +226,21 @@ def only_training(file: Path):
 
 
 class SaveClock:
-    """Says when to save: every minute, or less often where saving takes long."""
+    """Says when to save: every minute, or less often where saving takes more than three seconds."""
 
-    def __init__(self, seconds: float | None = None):
-        self.seconds = 60.0 if seconds is None else seconds
-        self.fixed = seconds is not None
+    def __init__(self):
+        self.pause = 60.0  # seconds
         self.saved = time.time()
 
     def due(self) -> bool:
-        return time.time() - self.saved > self.seconds
+        return time.time() - self.saved > self.pause
 
     def time(self, save):
         """Call save() and note how long it took."""
         began = time.time()
         save()
         self.saved = time.time()
-        if not self.fixed:
-            self.seconds = max(60.0, 20 * (self.saved - began))
+        self.pause = max(60.0, 20 * (self.saved - began))
 
 
 def any_process(condition: bool, device: torch.device) -> bool:
@@ -272,7 +270,7 @@ def load_training(file: Path, kind: str, record) -> dict | None:
     settings = getattr(record, "gan_training", None) or record.training
     if missing or not 0 <= saved["iteration"] <= settings.iterations:
         raise UserError(f"{file} is damaged: choose another --out, or remove it to begin again")
-    for part in {"ema", "model", "student"} & saved.keys():
+    for part in {"ema", "model"} & saved.keys():
         check_finite(saved[part], file)
     return saved
 
@@ -320,7 +318,6 @@ def train(
     record,
     runtime: Runtime,
     preview=None,
-    save_seconds: float | None = None,
 ):
     """Minimise loss_of(model, *batch_at(iteration)), a mean over the batch.
 
@@ -370,7 +367,7 @@ def train(
     # (Prompts may be read from disk, which cannot be recorded.)
     if runtime.can_record and not model.config.reads_text:
         compute_gradients = RecordedPass(compute_gradients)
-    clock = SaveClock(save_seconds)
+    clock = SaveClock()
     iterations = range(first, training.iterations)
     progress = Progress(kind, iterations, start=first, unit="images", size=training.batch)
     with only_training(file), interrupts() as interrupted:

@@ -403,7 +403,7 @@ def measure_second_stage(bench: Bench) -> dict[str, dict]:
     batch = (trajectory, y, noise, real, y, real_noise)
 
     def step(checkpointing: bool):
-        trainer.student.checkpointing = checkpointing
+        trainer.model.checkpointing = checkpointing
         trainer.step(batch)
 
     jobs = {

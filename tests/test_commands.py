@@ -138,13 +138,8 @@ BAD = [
     ("DISTILL --lr 0.5", "holds another training: lr is 0.001 there and 0.5 here"),
     ("DISTILL --history-layers 2", "history_layers is 1 there and 2 here"),
     ("DISTILL --teacher GOOD/other.pt", "something else: teacher is"),
-    ("DISTILL --export GOOD/student.pt", "GOOD/student.pt is there already: export to another"),
-    ("DISTILL --export GOOD/teacher.pt", "GOOD/teacher.pt is there already: export to another"),
-    ("DISTILL --export GOOD/samples.png", "GOOD/samples.png is there already"),
-    ("DISTILL --export GOOD/text.pt/a.pt", "GOOD/text.pt cannot be a folder"),
     ("TEACHER --preset points --out GOOD/text.pt", "GOOD/text.pt cannot be a folder"),
     ("TEACHER --preset points --out GOOD", "GOOD/teacher.pt holds another training"),
-    ("TEACHER --preset points --export GOOD/empty", "GOOD/empty is a folder"),
     ("TRAJECTORIES --guidance-scale 3", "guidance_scale is 1.0 there and 3.0 here"),
     # settings
     ("STUDENT --labels 5", "no class '5': give numbers from 0 to 4, or names (ant, bee, cat, dog"),

@@ -218,6 +218,7 @@ def test_flags_exist(monkeypatch):
     required = {
         "latents.py": "--images a --out b",
         "text.py": "--prompts a --encoder b --out c",
+        "pretrained.py": "a b",
         "experiments/protocol.py": "--samples a --reference b",
     }
     for script in SCRIPTS:

@@ -16,7 +16,6 @@ from tiny import TEACHER
 from config import ClassifierRecord, DataConfig, Training
 from files import (
     UserError,
-    check_export,
     export,
     export_file,
     fingerprint,
@@ -311,5 +310,3 @@ def test_what_float16_cannot_hold_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="in float16.* holds values that are not finite"):
         export(tmp_path / "x.pt", "classifier", {}, {"w": torch.tensor([1e6])})
     assert not (tmp_path / "x.pt").exists()
-    with pytest.raises(UserError, match="is the training's own checkpoint"):
-        check_export(tmp_path / "a" / ".." / "x.pt", tmp_path / "x.pt")

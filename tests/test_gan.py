@@ -26,6 +26,7 @@ from tiny import SETTINGS as STUDENT
 
 import data
 import gan
+import training
 from config import GAN, PRESETS, Training
 from distill import make_student
 from files import UserError, fingerprint, load_checkpoint
@@ -60,12 +61,12 @@ def make_record(record, gan=None, **changes):
     return replace(record, gan=gan or SETTINGS, gan_training=settings)
 
 
-def run(file, trajectories=None, runtime=CPU, save_seconds=None, gan=None, **changes):
+def run(file, trajectories=None, runtime=CPU, gan=None, **changes):
     student, record = student_of(random_dit(), history_layers=2)
     record = make_record(record, gan, **changes)
     return train_gan(
         student, record, random_dit(), trajectories or FewTrajectories(), few_images(), file,
-        runtime, save_seconds,
+        runtime,
     )
 
 
@@ -181,7 +182,7 @@ def test_the_students_loss_and_gradients(on_policy):
     trainer.discriminator.eval()  # no power iteration: the same function at each call
     batch = gan.draw_batch(FewTrajectories(), few_images(), TRAINING, 0)
     trajectory, y, noise, *_ = batch
-    model, student = trainer.student, record.student
+    model, student = trainer.model, record.student
     loss, (distillation, adversarial, weight), images = trainer.student_loss(model, *batch)
     assert distillation > 0 and weight > 0
     loss.backward()
@@ -222,7 +223,7 @@ def test_the_discriminators_loss_and_gradients():
     assert logged == loss and accuracy == pytest.approx(right.item() / 2)
     loss.backward()
     assert all(w.grad.abs().sum() > 0 for w in discriminator.parameters())
-    others = [*trainer.student.parameters(), *teacher.parameters()]
+    others = [*trainer.model.parameters(), *teacher.parameters()]
     assert all(w.grad is None for w in others)
 
 
@@ -241,7 +242,7 @@ def test_compiled_layers_compute_the_same(monkeypatch):
         for iteration in range(3):
             batch = gan.draw_batch(FewTrajectories(), few_images(), TRAINING, iteration)
             trainer.step(batch)
-        assert (trainer.student.compiled_blocks is not None) == use
+        assert (trainer.model.compiled_blocks is not None) == use
         assert teacher.compiled_blocks is None
         logged.append(trainer.sums)
     assert logged[0].abs().min() > 0
@@ -254,7 +255,7 @@ def test_the_discriminator_learns_from_the_images_that_the_student_has_just_made
     record = make_record(record, batch=16, on_policy=0.0)
     trainer = GANTrainer(first, record, random_dit(), replace(CPU, accumulate=2))
     batch = gan.draw_batch(FewTrajectories(), few_images(), record.gan_training, 0)
-    before, seen, loss_of = copy.deepcopy(trainer.student), [], trainer.discriminator_loss
+    before, seen, loss_of = copy.deepcopy(trainer.model), [], trainer.discriminator_loss
 
     def watched(network, *micro_batch):
         seen.append(micro_batch)
@@ -267,7 +268,7 @@ def test_the_discriminator_learns_from_the_images_that_the_student_has_just_made
     assert len(seen) == 2
     for i, given in enumerate((*batch, expected)):
         torch.testing.assert_close(torch.cat([few[i] for few in seen]), given, rtol=1e-5, atol=1e-5)
-    after = predict_all(trainer.student, record.student, trajectory[:, :-1], y)[:, -1]
+    after = predict_all(trainer.model, record.student, trajectory[:, :-1], y)[:, -1]
     assert (after - expected).abs().max() > 1e-4
 
 
@@ -309,15 +310,17 @@ def press_ctrl_c():
 
 
 @pytest.mark.parametrize("event", [crash, press_ctrl_c])
-def test_a_training_continues_to_the_bit(tmp_path, event):
+def test_a_training_continues_to_the_bit(tmp_path, event, monkeypatch):
     run(tmp_path / "whole.pt")
-    seconds = -1 if event is crash else None  # save after every iteration, or once a minute
+    if event is crash:
+        monkeypatch.setattr(training.SaveClock, "due", lambda clock: True)  # save each time
     with pytest.raises((RuntimeError, KeyboardInterrupt)):
-        run(tmp_path / "cut.pt", Interrupted(event), save_seconds=seconds)
+        run(tmp_path / "cut.pt", Interrupted(event))
+    monkeypatch.undo()
     assert read(tmp_path / "cut.pt")["iteration"] == (3 if event is crash else 4)
     _, losses = run(tmp_path / "cut.pt")
     whole, cut = read(tmp_path / "whole.pt"), read(tmp_path / "cut.pt")
-    for part in ("ema", "student", "discriminator"):
+    for part in ("ema", "model", "discriminator"):
         assert whole[part].keys() == cut[part].keys()
         assert all(torch.equal(whole[part][name], cut[part][name]) for name in whole[part]), part
     for part in ("optimizer", "discriminator_optimizer"):
@@ -493,7 +496,7 @@ def test_the_program(folder, monkeypatch, capsys):
     reports = []
     monkeypatch.setattr(gan, "report", lambda *given: reports.append(given))
     words = ("--from", "student.pt", "--teacher", "teacher.pt", "--iterations", 3, "--warmup", 1)
-    main(monkeypatch, *words, "--batch", 8, "--hidden", 8, "--on-policy", 0, "--export", "small.pt")
+    main(monkeypatch, *words, "--batch", 8, "--hidden", 8, "--on-policy", 0)
     [(teacher, students, losses, out, runtime)] = reports
     assert out == Path("runs/shapes-gan") and runtime.device.type == "cpu"
     saved = load_checkpoint(out / "student.pt", "student")
@@ -504,8 +507,6 @@ def test_the_program(folder, monkeypatch, capsys):
     assert students["R"][1] == replace(record, gan=None, gan_training=None)
     assert losses == {"R + G": saved["losses"]} and len(saved["losses"]) == 1
     assert Image.open(out / "gan.png").width > 1000
-    exported = load_checkpoint("small.pt", "student")
-    assert exported["record"] == record and "optimizer" not in exported
     with pytest.raises(UserError, match="no student at runs/shapes/student.pt: python distill.py"):
         main(monkeypatch, "--teacher", "teacher.pt")
     with pytest.raises(UserError, match="has had its second stage"):

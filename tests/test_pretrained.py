@@ -391,6 +391,31 @@ def test_our_own_checkpoints_are_loaded_with_their_records(tmp_path):
     refused("no such checkpoint", tmp_path / "none.pt", "teacher")
 
 
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", *map(str, words)])
+    pretrained.main()
+
+
+def test_a_network_alone_is_written(tmp_path, monkeypatch):
+    """Of a training's checkpoint, its EMA; of a published file, a checkpoint of this project."""
+    write_student(tmp_path / "student.pt")
+    torch.save(dict(ema=public_weights(outputs=4), opt={}), tmp_path / "sit.pt")
+    for name, kind in (("student", "student"), ("sit", "teacher")):
+        words = ("--teacher-kind", "sit") if name == "sit" else ()
+        run(monkeypatch, tmp_path / f"{name}.pt", tmp_path / f"small-{name}.pt", *words)
+        found, found_record = load_network(tmp_path / f"small-{name}.pt", kind)
+        more = dict(teacher_kind="sit") if name == "sit" else {}
+        model, record = load_network(tmp_path / f"{name}.pt", kind, **more)
+        assert found_record == record
+        weights = {key: value.half() for key, value in model.state_dict().items()}
+        assert_weights(found, weights)
+    before = (tmp_path / "student.pt").read_bytes()
+    for file, says in (("student.pt", "is there already: export to another"), ("", "is a folder")):
+        with pytest.raises(UserError, match=says):
+            run(monkeypatch, tmp_path / "student.pt", tmp_path / file)
+    assert (tmp_path / "student.pt").read_bytes() == before
+
+
 def test_our_own_checkpoint_unfinished_or_damaged(tmp_path, capsys):
     weights = random_dit().state_dict()
     content = dict(kind="teacher", record=asdict(TEACHER), ema=weights)

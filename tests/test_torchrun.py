@@ -43,13 +43,12 @@ def loss_of(model, x):
 def main():
     torch.manual_seed(rank())  # the processes must agree on the weights of the first
     training.LOG_EVERY = 5
+    training.SaveClock.due = lambda clock: True  # save each time
     settings = Training(iterations=12, batch=8, lr=0.1, ema_decay=0.9)
     record = ClassifierRecord(DataConfig("toy", 1, 3), ("a",), 1, settings)
     runtime = Runtime(torch.device("cpu"), accumulate=2)
     model, file = torch.nn.Linear(3, 1), Path(sys.argv[1])
-    training.train(
-        "classifier", model, loss_of, batch_at, file, record, runtime, save_seconds=-1
-    )
+    training.train("classifier", model, loss_of, batch_at, file, record, runtime)
 
 run_program(main)
 """
@@ -95,6 +94,7 @@ def read(file):
 def test_one_process_continues_what_two_began(tmp_path, monkeypatch):
     """The two trained as one: the end is that of a training by one process alone."""
     monkeypatch.setattr(training, "LOG_EVERY", training.LOG_EVERY)  # put back what TOY changes
+    monkeypatch.setattr(training.SaveClock, "due", training.SaveClock.due)
     script, cut, whole = (tmp_path / name for name in ("toy.py", "cut.pt", "whole.pt"))
     script.write_text(TOY)
     in_two_processes(tmp_path, script, cut, 7, fails=True)

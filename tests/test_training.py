@@ -99,14 +99,21 @@ def crash():
     raise RuntimeError("the power went")
 
 
+def crashed(file, k, **more):
+    """A training that saves after each iteration, and ends in the middle of iteration k."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.SaveClock, "due", lambda clock: True)
+        with pytest.raises(RuntimeError, match="the power went"):
+            toy_train(file, at_iteration(k, crash), **more)
+
+
 # ---- stopped and continued -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 7, 17, 29])  # right at an entry of the log, and between two
 def test_a_training_that_crashed_continues_to_the_very_same_end(tmp_path, k):
     whole, losses = toy_train(tmp_path / "whole.pt")
-    with pytest.raises(RuntimeError, match="the power went"):
-        toy_train(tmp_path / "cut.pt", at_iteration(k, crash), save_seconds=-1)  # saves each time
+    crashed(tmp_path / "cut.pt", k)
     assert read(tmp_path / "cut.pt")["iteration"] == k
     done = []
 
@@ -331,8 +338,7 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_saved(tmp_path):
     file = tmp_path / "out.pt"
-    with pytest.raises(RuntimeError, match="the power went"):
-        toy_train(file, at_iteration(10, crash), save_seconds=-1)
+    crashed(file, 10)
     before = file.read_bytes()
     for bad, k in ((math.nan, 15), (math.inf, 15), (math.inf, 29)):
 
@@ -382,8 +388,7 @@ def test_small_gradients_survive_in_float16_because_they_are_scaled(with_scaler)
 def test_a_training_in_float16_learns_and_continues_to_the_bit(tmp_path):
     whole, losses = toy_train(tmp_path / "whole.pt", runtime=FLOAT16)
     assert losses[-1][1] < losses[0][1] / 2
-    with pytest.raises(RuntimeError, match="the power went"):
-        toy_train(tmp_path / "cut.pt", at_iteration(17, crash), runtime=FLOAT16, save_seconds=-1)
+    crashed(tmp_path / "cut.pt", 17, runtime=FLOAT16)
     assert read(tmp_path / "cut.pt")["scaler"]["_growth_tracker"] > 0
     continued, _ = toy_train(tmp_path / "cut.pt", runtime=FLOAT16)
     assert same(continued.state_dict(), whole.state_dict())
@@ -483,8 +488,7 @@ def test_an_export_in_the_way_cannot_be_continued(tmp_path):
 )
 def test_a_damaged_training_is_not_continued(tmp_path, change):
     file = tmp_path / "out.pt"
-    with pytest.raises(RuntimeError, match="the power went"):
-        toy_train(file, at_iteration(10, crash), runtime=FLOAT16, save_seconds=-1)
+    crashed(file, 10, runtime=FLOAT16)
     torch.save(read(file) | change, file)
     before = file.read_bytes()
     with pytest.raises(UserError, match="out.pt (is damaged|holds the weights of)"):
@@ -495,8 +499,7 @@ def test_a_damaged_training_is_not_continued(tmp_path, change):
 @pytest.mark.parametrize("key, value", [("exp_avg", math.nan), ("exp_avg_sq", math.inf)])
 def test_moments_that_are_not_finite_are_not_continued(tmp_path, key, value):
     file = tmp_path / "out.pt"
-    with pytest.raises(RuntimeError, match="the power went"):
-        toy_train(file, at_iteration(10, crash), save_seconds=-1)
+    crashed(file, 10)
     content = read(file)
     content["optimizer"]["state"][0][key].fill_(value)
     torch.save(content, file)
