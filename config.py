@@ -29,7 +29,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-HISTORIES = ("none", "window", "anchor", "causal")
+MASKS = ("none", "window", "anchor", "causal")
 
 SIZES = {
     "N": dict(width=64, depth=6, heads=4),  # nano: points in the plane
@@ -57,7 +57,7 @@ class ModelConfig:
     depth: int  # transformer layers
     heads: int  # attention heads
     learn_sigma: bool = False  # the public DiT also predicts a variance, in `channels` more outputs
-    history: str = "none"  # which earlier states a state reads: one of HISTORIES
+    mask: str = "none"  # which earlier states a state reads: one of MASKS
     history_layers: int = 0  # in how many of the lowest layers: the paper's N
     noise_shortcut: bool = False  # x_T's tokens are added to those of later states (ours)
     output_layers: int = 1  # 1, or one for each of the student's steps
@@ -69,8 +69,8 @@ class ModelConfig:
             raise ValueError(f"no network has these sizes: {self}")
         if self.image_size % self.patch:
             raise ValueError(f"{self.image_size} pixels cannot be cut into patches of {self.patch}")
-        if self.history not in HISTORIES:
-            raise ValueError(f"no history {self.history!r}: choose from {', '.join(HISTORIES)}")
+        if self.mask not in MASKS:
+            raise ValueError(f"no mask {self.mask!r}: choose from {', '.join(MASKS)}")
         if not 0 <= self.history_layers <= self.depth:
             raise ValueError(
                 f"{self.history_layers} history layers: the network has {self.depth} layers"
@@ -93,7 +93,7 @@ class ModelConfig:
     @property
     def reads_history(self) -> bool:
         """Whether a state's output depends on earlier states at all."""
-        looks_back = self.history != "none" and self.history_layers > 0
+        looks_back = self.mask != "none" and self.history_layers > 0
         return looks_back or self.noise_shortcut
 
 
@@ -190,7 +190,7 @@ class StudentSettings:
     targets: str  # see Student
     output: str  # see Student
     history_layers: int  # see ModelConfig
-    history: str = "causal"
+    mask: str = "causal"
     noise_shortcut: bool = False
     output_layer_per_step: bool = False  # the authors' code; the paper speaks of one network
     timesteps: tuple[float, ...] | None = None  # default: those of the states' own times

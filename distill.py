@@ -1,45 +1,46 @@
 """AutoRegressive Distillation: the student's loss and training (CVPR 2025, arXiv 2504.11295).
 
-The teacher's ODE leads from noise x_T to an image in many small steps. The student covers the same
-path in S large steps. *Step distillation* trains it on the teacher's states, to map each of them to
-the next,
+The teacher's ODE leads from noise x_T to an image in many small steps. The student makes the same
+image in S large steps. *Step distillation* trains it on the teacher's states, to map each of them
+to the next,
 
     x_{τ_s}  →  x_{τ_{s−1}},        s = S, …, 1
 
 When it samples, however, it reads the states that it has made itself. Each of them is a little
 wrong, the next one is computed from it, and the errors add up. This is *exposure bias*. In ARD the
-student reads the whole history instead,
+student also reads all states before the current one, its history:
 
     x̂_{τ_{s−1}} = G_θ( x_{τ_S}, …, x_{τ_s}, s, y )                                (paper, Sec. 3.2)
 
-The first entry of the history is the noise x_T, which is never wrong. And x_T determines the whole
-trajectory, since the ODE is deterministic. So a student that reads x_T can correct the errors that
-it has made since.
+The history begins with the noise x_T, which is never wrong. And x_T determines the whole
+trajectory, since the ODE is deterministic. So a student that has learned to read x_T can correct
+the errors that it has made since.
 
 A worked example: S = 4, where the teacher takes 24 Euler steps along the path of flow matching.
 
-    state                      x_T    x_τ3   x_τ2   x_τ1   x_0
-    after Euler steps            0      6     12     18     24     Student.target_steps (after x_T)
+    state                      x_T    x_τ3   x_τ2   x_τ1   x_0     in the code
+    after Euler steps            0      6     12     18     24     Student.target_steps, without the zero
     time t                       1    3/4    1/2    1/4      0     student_times
     timestep for the network  1000    750    500    250      –     Student.timesteps
-    read in the loss           yes    yes    yes    yes     no     history, (b, 4, c, h, w)
-    target in the loss          no    yes    yes    yes    yes     target, (b, 4, c, h, w)
+    read in the loss           yes    yes    yes    yes     no     inputs, (b, 4, c, h, w)
+    target in the loss          no    yes    yes    yes    yes     targets, (b, 4, c, h, w)
 
 One training pass reads the four states as one sequence, under the causal mask of model.py, and
 computes all four next states at once. The states that it reads are the teacher's. As with language
 models, this is called *teacher forcing*.
 
-Three settings follow. The first, `targets`, says what the sequence holds, as input and as target.
-Whether teacher forcing teaches a student to read x_T depends on it.
+Three settings follow. The first, `targets`, says what the sequence holds. So it decides what the
+student reads, too, since inputs and targets are one sequence. Whether teacher forcing teaches a
+student to read x_T depends on it.
 
     targets     "states": the states x_τ of the ODE, as in the figure of the paper. With these,
                 teacher forcing hardly teaches the student to read x_T: each state determines all
                 later ones, and the current state is always right.
                 "x0": in the place of each state after x_T, the clean prediction x̂_0 of the Euler
-                step that led to it, as in the authors' code. The first of these are nearly the mean
-                image of a class. They have lost what x_T says, so that the student has to read x_T
-                to know which image is being made. (We go on calling them "states". They keep the
-                timesteps of those that they replace.)
+                step that led to it, as in the authors' code. The early ones look almost like the
+                mean image of the class. They no longer show which image x_T leads to, so that the
+                student has to read x_T. (We go on calling them "states". They keep the timesteps of
+                those that they replace.)
     output      what the network puts out: see sample.next_state
     on_policy   for this fraction of each batch, the student reads states that it has made itself,
                 from the same x_T. The targets stay the teacher's, so that the student must learn
@@ -47,10 +48,11 @@ Whether teacher forcing teaches a student to read x_T depends on it.
                 is alike, but asks the teacher again at each state that the student visits.)
 
 The default preset, `textures`, is there to show what a history is for. It combines the two settings
-that make a student need it: clean predictions (after 2, 8, 16 and 24 Euler steps), and reading its
-own states only (on_policy = 1). It also has the noise shortcut of model.py, which is ours; the
-student without history, the *control*, has neither. The preset `shapes` uses states and a direction
-with teacher forcing alone. This copies the teacher best.
+that force a student to use its history: clean predictions (after 2, 8, 16 and 24 Euler steps), and
+reading its own states only (on_policy = 1). The student also has the noise shortcut of model.py,
+which is ours. The *control* is trained in the same way, with the same targets and the same
+on_policy, but has neither history nor shortcut. The preset `shapes` uses states and a direction
+with teacher forcing alone. This copies the teacher most exactly, and the history matters little.
 
 The student needs no guidance, so that each step is a single network evaluation: if the teacher was
 guided, its states already contain the guidance.
@@ -61,11 +63,12 @@ guided, its states already contain the guidance.
     python distill.py --help             all that can be changed
 
 Results go into runs/PRESET, or the folder --out: student.pt, no-history.pt, result.json and
-pictures. An interrupted run is continued. These are the teacher, and where its trajectories are:
+pictures. An interrupted run is continued. The teacher is the first of these that exists:
 
-    a teacher.pt in that folder           beside it
-    else, a teacher.pt in runs/PRESET     runs/PRESET/trajectories
-    else, the shipped one, in assets/     runs/PRESET/trajectories
+    teacher                                       its trajectories
+    teacher.pt in the folder of the results       trajectories/ in the same folder
+    teacher.pt in runs/PRESET                     runs/PRESET/trajectories
+    the shipped one, in assets/                   runs/PRESET/trajectories
 """
 
 import startup  # noqa: F401  before the large packages
@@ -88,7 +91,7 @@ from command_line import (
     run_program,
 )
 from config import (
-    HISTORIES,
+    MASKS,
     PRESETS,
     Student,
     StudentRecord,
@@ -120,21 +123,21 @@ def ard_loss(model, student: Student, trajectory, y, on_policy: float = 0.0):
     `on_policy` of the samples it reads states that it has made itself.
 
     If the output is a direction v̂ of flow matching, the error of a step is (t_next − t)·(v̂ − v),
-    where v is the direction from the state that was read to the target. So the loss weighs the
-    errors of directions by (t_next − t)², which is the same for all steps if they are equally
-    long."""
-    history, target = trajectory[:, :-1], trajectory[:, 1:]                 # (b, S, c, h, w) each
+    where v = (target − x) / (t_next − t) is the direction that would hit the target. So the loss
+    weights the error of a direction by (t_next − t)², which is the same for all steps if they are
+    equally long."""
+    inputs, targets = trajectory[:, :-1], trajectory[:, 1:]                 # (b, S, c, h, w) each
     count = round(on_policy * len(trajectory))
     if count:
-        own = own_history(model, student, history[:count, 0], y[:count])
-        history = torch.cat([own, history[count:]])
-    predicted = predict_all(model, student, history, y)
-    return (predicted - target).square().mean()
+        own = own_inputs(model, student, inputs[:count, 0], y[:count])
+        inputs = torch.cat([own, inputs[count:]])
+    predictions = predict_all(model, student, inputs, y)
+    return (predictions - targets).square().mean()
 
 
-def own_history(model, student: Student, x_T, y):
+def own_inputs(model, student: Student, x_T, y):
     """x_T and the first S − 1 states that the student makes of it, (b, S, c, h, w): what it reads
-    when it samples. These are inputs, through which no gradient flows."""
+    when it samples. No gradient flows through them."""
     return few_step(model, student, x_T, y, steps=student.steps - 1)
 
 
@@ -148,9 +151,9 @@ def make_student(
     trajectories: Trajectories,
     training: Training,
 ) -> tuple[DiT, StudentRecord]:
-    """A student that starts from its teacher's weights, and what its checkpoint will say of it. The
-    ODE, its number of Euler steps and its guidance are those of the trajectories, since a student
-    learns what these contain. Raises UserError for settings that contradict one another."""
+    """A student that starts from its teacher's weights, and the record that its checkpoint will
+    hold. The ODE, its number of Euler steps and its guidance are those of the trajectories, since a
+    student learns what these contain. Raises UserError for settings that contradict one another."""
     config = student_config(teacher_record, settings)
     ode = trajectories.ode
     path = NOISE_PATHS[ode.noise_path]
@@ -190,7 +193,7 @@ def student_config(teacher_record: TeacherRecord, settings: StudentSettings):
     try:
         return replace(
             teacher_record.model,
-            history=settings.history,
+            mask=settings.mask,
             history_layers=settings.history_layers,
             noise_shortcut=settings.noise_shortcut,
             output_layers=settings.steps if settings.output_layer_per_step else 1,
@@ -203,7 +206,7 @@ def student_config(teacher_record: TeacherRecord, settings: StudentSettings):
 def initial_weights(model: DiT, teacher: DiT) -> dict:
     """The teacher's weights under the student's names: each output layer is a copy of the
     teacher's, and what the teacher does not have (the noise shortcut, extra layers) keeps its
-    initial weights, which add zero."""
+    initial weights, with which it adds nothing."""
     weights = teacher.state_dict()
     for layer in model.output_layer_names[1:]:
         for name, value in teacher.final_layer.state_dict().items():
@@ -214,8 +217,8 @@ def initial_weights(model: DiT, teacher: DiT) -> dict:
 def distill(
     model: DiT, record: StudentRecord, trajectories: Trajectories, file: Path, runtime: Runtime
 ):
-    """Train a student into the checkpoint `file`. Continues what is there. Returns (its EMA,
-    losses)."""
+    """Train a student into the checkpoint `file`. If it exists, its training is continued. Returns
+    (the EMA of the student, losses)."""
     training = record.training
     samples = training.batch // (world_size() * runtime.accumulate)  # in a micro-batch
     if training.on_policy and round(training.on_policy * samples) == 0:
@@ -233,8 +236,8 @@ def distill(
         return ard_loss(network, record.student, trajectory, y, training.on_policy)
 
     config = record.model
-    reads = f"{config.history} history in {config.history_layers} of {config.depth} layers"
-    if config.history == "none" or config.history_layers == 0:
+    reads = f"{config.mask} history in {config.history_layers} of {config.depth} layers"
+    if config.mask == "none" or config.history_layers == 0:
         reads = "no history"
     if config.noise_shortcut:
         reads += " and the noise shortcut"
@@ -253,8 +256,8 @@ def add_student_flags(parser):
     group = parser.add_argument_group("the student")
     add = group.add_argument
     add("--steps", type=positive_int, help="S, the student's steps")
-    add("--history-layers", type=non_negative_int, help="N; 0 is step distillation")
-    add("--history", choices=HISTORIES, help="which earlier states a state reads in them")
+    add("--history-layers", type=non_negative_int, help="N; 0 and no shortcut: step distillation")
+    add("--mask", choices=MASKS, help="which earlier states a state reads in them")
     add(
         "--noise-shortcut",
         action=argparse.BooleanOptionalAction,
@@ -296,13 +299,13 @@ def main():
         flags.teacher_file, flags.preset, out, runtime.device, flags.teacher_kind
     )
     teacher_record = use_prompts(teacher, teacher_record, flags.prompts)
-    # A preset's timesteps are for its own number of steps and its own noise path. For others,
-    # make_student derives them from the times of the states.
+    # A preset may fix timesteps, as the authors' code does. They are for its own number of steps
+    # and its own noise path. For others, make_student derives them from the times of the states.
     usual = PRESETS[flags.preset]
     same_path = teacher_record.ode.noise_path == usual.ode.noise_path
     if settings.steps != usual.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
-    student_config(teacher_record, settings)  # it may refuse: before the work begins
+    config = student_config(teacher_record, settings)  # raises before the long work begins
     home = out if (out / "teacher.pt").exists() else runs
     trajectories = open_trajectories(
         teacher,
@@ -312,14 +315,15 @@ def main():
         flags.folder or home / "trajectories",
         runtime,
     )
+    students = {"student.pt": settings}
+    if config.reads_history and not flags.no_control:
+        students["no-history.pt"] = replace(settings, history_layers=0, noise_shortcut=False)
     trained, losses = {}, {}
-    for file in ["student.pt"] if flags.no_control else ["student.pt", "no-history.pt"]:
+    for file, settings in students.items():
         model, record = make_student(teacher, teacher_record, settings, trajectories, training)
         name = "ARD" if record.model.reads_history else "step distillation"
-        if name not in trained:  # step distillation needs no control
-            ema, losses[name] = distill(model, record, trajectories, out / file, runtime)
-            trained[name] = (ema, record)
-        settings = replace(settings, history_layers=0, noise_shortcut=False)
+        ema, losses[name] = distill(model, record, trajectories, out / file, runtime)
+        trained[name] = (ema, record)
     if rank() > 0:
         return
     report(teacher, trained, losses, out, runtime)

@@ -568,14 +568,14 @@ def attention_shares(model, student: Student, states, y) -> list:
 
     def watch(module, inputs, output):
         """Compute the weights again, which scaled_dot_product_attention does not return."""
-        x, history, _ = inputs
+        x, mask, _ = inputs
         S, n = x.shape[1:3]
         qkv = module.qkv(x)                                                 # (b, S, n, 3·width)
         qkv = rearrange(qkv, "b s n (three h d) -> three b h (s n) d", three=3, h=module.heads)
         q, k, _ = qkv
         scores = q @ k.mT / q.shape[-1] ** 0.5                              # (b, h, S·n, S·n)
-        mask = history_mask(history, S, n).to(x.device)
-        weights = scores.float().masked_fill(~mask, -math.inf).softmax(dim=-1)
+        visible = history_mask(mask, S, n).to(x.device)
+        weights = scores.float().masked_fill(~visible, -math.inf).softmax(dim=-1)
         shares = n * reduce(weights, "b h (i n) (j m) -> i j", "mean", n=n, m=n)
         layers.append(shares.tolist())
 
@@ -621,7 +621,7 @@ def count_macs(config: ModelConfig, states: int = 1) -> int:
     # The time's 256 sinusoids and its MLP; the modulation of each layer and of the output.
     per_state = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
     # A state attends to itself in all layers, and to earlier ones in the history layers.
-    earlier = {"none": 0, "causal": states * (states - 1) // 2}.get(config.history, states - 1)
+    earlier = {"none": 0, "causal": states * (states - 1) // 2}.get(config.mask, states - 1)
     pairs = config.depth * states + config.history_layers * earlier
     per_pair = 2 * n * n * d  # q·k, and the weighted sum of values
     shortcut = n * d * d if config.noise_shortcut else 0  # for x_T only

@@ -67,7 +67,7 @@ from config import (
     override,
     override_parts,
 )
-from distill import own_history
+from distill import own_inputs
 from evaluate import check_classes, report
 from figures import new_figure, save_figure
 from files import (
@@ -262,13 +262,13 @@ class GANTrainer:
     def student_loss(self, network, trajectory, y, noise, *_):
         """Returns the loss, the first three values of CURVES, and the student's images."""
         student, gan = self.record.student, self.record.gan
-        history, target = trajectory[:, :-1], trajectory[:, 1:]             # (b, S, c, h, w) each
+        inputs, targets = trajectory[:, :-1], trajectory[:, 1:]             # (b, S, c, h, w) each
         if self.record.gan_training.on_policy:
-            history = own_history(network, student, history[:, 0], y)
-        prediction = predict_all(network, student, history, y)
-        distillation = (prediction - target).square().mean()
+            inputs = own_inputs(network, student, inputs[:, 0], y)
+        predictions = predict_all(network, student, inputs, y)
+        distillation = (predictions - targets).square().mean()
 
-        images = prediction[:, -1]                                          # x̂_{τ_0}: (b, c, h, w)
+        images = predictions[:, -1]                                         # x̂_{τ_0}: (b, c, h, w)
         seen = images.detach().requires_grad_()
         adversarial = adversarial_loss(self.discriminator(seen, noise, y))
         # Let g = ∂adversarial/∂images, a constant. The scalar product of the images and g has the

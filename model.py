@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT) over a trajectory: the one network of this project.
 
 A diffusion model turns noise into an image by solving an ODE in many small steps. The student of
-AutoRegressive Distillation (ARD, arXiv 2504.11295) covers the same path in S large steps. Of all
+AutoRegressive Distillation (ARD, arXiv 2504.11295) makes the same image in S large steps. Of all
 the states that the ODE passes, S + 1 matter to it. They are called a *trajectory*:
 
     x_{τ_S} = x_T,  x_{τ_{S−1}},  …,  x_{τ_1},  x_{τ_0} = x_0
@@ -10,7 +10,7 @@ from the noise x_T to the image x_0, where τ_S > … > τ_0 are the times of th
 counts from the noise: state i is x_{τ_{S−i}}.
 
 A teacher reads one state, and its output says where the ODE goes next. The student reads the
-current state *and all states before it*, its history, and its output gives the next state. Both are
+current state and, as its *history*, all states before it. Its output gives the next state. Both are
 this class:
 
     teacher   x has shape (b, 1, c, h, w): one state, and no history layers
@@ -20,15 +20,15 @@ this class:
 In shapes, b is the batch, s the number of states, n the number of tokens of a state. (In the
 paper's formulas, s is a step, and counts down from S.)
 
-The condition of a network is a class label or, in a *text network* (`config.reads_text`), a prompt;
-y is its number. Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
+Every image is made for some y, the number of a class or, in a *text network* (`config.reads_text`),
+of a prompt. Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
 
   1. Each state has a timestep of its own (the paper's "token-wise time embedding"). All states
      share the weights and the positions, so the timestep is what tells their tokens apart.
   2. In the first N layers (`history_layers`), those nearest the input, a state also attends to
-     earlier states. In the later layers it attends only to itself. N = 0, or the mask "none", is
-     step distillation: the student sees its current state and nothing else, except through the
-     noise shortcut, an addition of ours that can be switched on (add_noise_shortcut).
+     earlier states. In the later layers it attends only to itself. With N = 0, or with the mask
+     "none", the student sees its current state and nothing else: this is step distillation. (The
+     noise shortcut, an addition of ours, shows it x_T as well. See add_noise_shortcut.)
 
 The paper compares four masks, M1 to M4, for which earlier states are visible in those N layers.
 For S = 4, a row is the state that reads and a column is the state that is read:
@@ -43,9 +43,10 @@ For S = 4, a row is the state that reads and a column is the state that is read:
 `history_mask` returns exactly this, as a matrix over tokens. The network computes the same
 attention without the matrix: it hands the queries of each state only the keys that they may see.
 
-This file knows nothing of noise paths, data or losses. Parameters that the public DiT also has
-keep its names, in which a transformer layer is a "block". To try it, with ModelConfig and
-parse_size of config.py (a fresh network outputs zeros):
+This file knows nothing of noise paths, data or losses. Parameters have the same names as in the
+public code of DiT, which calls a transformer layer a "block". An example, in which T/4 is the size
+"tiny" with patches of 4×4 pixels (ModelConfig and parse_size are in config.py; the result is zero,
+since the network is not trained):
 
     config = ModelConfig(image_size=16, channels=3, classes=10, **parse_size("T/4"),
                          history="causal", history_layers=2)
@@ -67,10 +68,10 @@ from config import ModelConfig
 # ---- 1. Which state reads which ------------------------------------------------------------------
 
 
-def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
+def history_mask(mask: str, states: int, tokens: int) -> torch.Tensor:
     """The paper's mask as a matrix, (states·tokens, states·tokens): True where the token of a row
-    may read the token of a column. Tests and evaluate.py use it; the network slices
-    keys instead (visible_keys)."""
+    may read the token of a column. Tests and evaluate.py use it. The network slices keys instead
+    (visible_keys)."""
     query = torch.arange(states)[:, None]
     key = torch.arange(states)[None, :]
     visible = {
@@ -78,36 +79,36 @@ def history_mask(history: str, states: int, tokens: int) -> torch.Tensor:
         "window": (key == query) | (key == query - 1),
         "anchor": (key == query) | (key == 0),
         "causal": key <= query,
-    }[history]
+    }[mask]
     return repeat(visible, "query key -> (query i) (key j)", i=tokens, j=tokens)
 
 
-def visible_keys(kv: torch.Tensor, i: int, n: int, history: str) -> torch.Tensor:
+def visible_keys(kv: torch.Tensor, i: int, n: int, mask: str) -> torch.Tensor:
     """What the mask does, by slicing. kv: keys, values, or both, of at least the states 0 … i, each
     of n tokens, (…, s·n, d). Returns those that state i may read."""
     own = kv[..., i * n : (i + 1) * n, :]
-    if history == "none" or i == 0:
+    if mask == "none" or i == 0:
         return own
-    if history == "window":
+    if mask == "window":
         return kv[..., (i - 1) * n : (i + 1) * n, :]
-    if history == "anchor":
+    if mask == "anchor":
         return torch.cat([kv[..., :n, :], own], dim=-2)
     return kv[..., : (i + 1) * n, :]  # causal
 
 
 class KVCache:
     """What the network remembers of the states that it has read, when it samples one state at a
-    time: their keys and values in the history layers (the other layers never look back), and what
-    all steps share, the noise shortcut and the text.
+    time: their keys and values in the history layers. (The other layers never look back.) It also
+    remembers two things that are the same at every step: the noise shortcut and the text.
 
-    `states_read`: how many have been read; DiT.forward counts them when a pass is over. A cache
-    serves one batch of trajectories."""
+    A cache serves one batch of trajectories."""
 
     def __init__(self):
-        self.states_read = 0
-        self.past = {}  # number of a history layer -> what Attention calls `past`
+        self.states_read = 0  # counted by DiT.forward, when a pass is over
+        self.past = {}  # number of a history layer -> the list that Attention calls `past`
         self.noise_shortcut = None  # see DiT.add_noise_shortcut
         self.text = None  # see DiT.read_text
+
 
 # ---- 2. A transformer layer ----------------------------------------------------------------------
 
@@ -119,29 +120,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, history: str, past: list | None):
-        """past: a list of one entry, the keys and values of all states that were read before,
-        (2, b, heads, m, d), or an empty list before the first. Those of x are added to it. (All
-        masks keep all states.) None without a cache, and in layers without history."""
-        b, s, n, _ = x.shape                                                # (b, s, n, width)
-        split = dict(three=3, h=self.heads)
-        if history == "none":
+    def forward(self, x, mask: str, past: list | None):
+        """x: (b, s, n, width). past: None where nothing is cached; else a list, which is empty
+        before the first state, and then holds one tensor: the keys and values of all states that
+        were read before, (2, b, heads, tokens, d). It is replaced here by a tensor that includes
+        those of x. (All states are kept, whatever the mask.)"""
+        b, s, n, _ = x.shape
+        split = dict(three=3, heads=self.heads)
+        if mask == "none":
             # Each state attends to itself only, so the states can be folded into the batch.
-            qkv = rearrange(self.qkv(x), "b s n (three h d) -> three (b s) h n d", **split)
-            x = F.scaled_dot_product_attention(*qkv)                        # (b·s, h, n, d)
-            return self.proj(rearrange(x, "(b s) h n d -> b s n (h d)", b=b))
+            qkv = rearrange(self.qkv(x), "b s n (three heads d) -> three (b s) heads n d", **split)
+            x = F.scaled_dot_product_attention(*qkv)                        # (b·s, heads, n, d)
+            return self.proj(rearrange(x, "(b s) heads n d -> b s n (heads d)", b=b))
 
-        qkv = rearrange(self.qkv(x), "b s n (three h d) -> three b h (s n) d", **split)
-        q, kv, first = qkv[0], qkv[1:], 0
+        qkv = rearrange(self.qkv(x), "b s n (three heads d) -> three b heads (s n) d", **split)
+        q, kv = qkv[0], qkv[1:]
+        states_before = 0
         if past is not None:
             kv = torch.cat([*past, kv], dim=3)
             past[:] = [kv]
-            first = kv.shape[3] // n - s                                    # states read before
+            states_before = kv.shape[3] // n - s
         outputs = []  # one for each state; rearrange stacks them
-        for i, query in enumerate(q.split(n, dim=2), start=first):          # (b, h, n, d)
-            seen = visible_keys(kv, i, n, history)                          # (2, b, h, …, d)
+        for i, query in enumerate(q.split(n, dim=2), start=states_before):  # (b, heads, n, d)
+            seen = visible_keys(kv, i, n, mask)                             # (2, b, heads, …, d)
             outputs.append(F.scaled_dot_product_attention(query, *seen))
-        return self.proj(rearrange(outputs, "s b h n d -> b s n (h d)"))
+        return self.proj(rearrange(outputs, "s b heads n d -> b s n (heads d)"))
 
 
 class CrossAttention(nn.Module):
@@ -158,15 +161,16 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, text):
         """text: (b, l, width). Returns keys and values, (2, b, heads, l, d)."""
-        return rearrange(self.kv(text), "b l (two h d) -> two b h l d", two=2, h=self.heads)
+        kv = self.kv(text)
+        return rearrange(kv, "b l (two heads d) -> two b heads l d", two=2, heads=self.heads)
 
     def forward(self, x, keys_values, is_word):
         """x: (b, s, n, width); is_word: (b, l), False at padding."""
-        q = rearrange(self.q(x), "b s n (h d) -> b h (s n) d", h=self.heads)
+        q = rearrange(self.q(x), "b s n (heads d) -> b heads (s n) d", heads=self.heads)
         k, v = keys_values
-        mask = rearrange(is_word, "b l -> b 1 1 l")
-        read = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)      # (b, h, s·n, d)
-        return self.proj(rearrange(read, "b h (s n) d -> b s n (h d)", s=x.shape[1]))
+        is_word = rearrange(is_word, "b l -> b 1 1 l")
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_word)    # (b, heads, s·n, d)
+        return self.proj(rearrange(out, "b heads (s n) d -> b s n (heads d)", s=x.shape[1]))
 
 
 class MLP(nn.Module):
@@ -186,23 +190,27 @@ def modulate(x, shift, scale):
 
 
 class SharedAdaLN(nn.Module):
-    """The modulation of a layer in a text network (PixArt-α's adaLN-single): all transformer layers
-    share one linear map of the condition, DiT.shared_modulation, and each adds vectors of its own.
-    The output layer has no map: its shift and its scale are each the condition plus a vector."""
+    """The modulation of a layer in a text network (PixArt-α's adaLN-single): the vectors that all
+    layers share, plus vectors of the layer's own. DiT.forward computes what is shared: six vectors
+    for the transformer layers, and one for the output layer, which is both its shift and its
+    scale."""
 
     def __init__(self, width: int, vectors: int):
         super().__init__()
+        self.width = width
         self.scale_shift_table = nn.Parameter(torch.zeros(vectors * width))
 
-    def forward(self, c):
-        return c + self.scale_shift_table
+    def forward(self, shared):
+        """shared: (b, s, vectors·width), or (b, s, width). Returns (b, s, vectors·width)."""
+        shared = rearrange(shared, "b s (k d) -> b s k d", d=self.width)
+        own = rearrange(self.scale_shift_table, "(k d) -> k d", d=self.width)
+        return rearrange(shared + own, "b s k d -> b s (k d)")
 
 
 class Block(nn.Module):
-    """A transformer layer with adaLN-zero: the condition c = time + label sets the shift and scale
-    after each LayerNorm and gates what attention and MLP add. In a text network (`reads_text`), the
-    condition is the time alone, and cross-attention to the text stands between attention and MLP,
-    without LayerNorm or gate."""
+    """A transformer layer with adaLN-zero: the condition c sets the shift and scale after each
+    LayerNorm, and gates what attention and MLP add. In a text network (`reads_text`),
+    cross-attention to the text stands between attention and MLP, without LayerNorm or gate."""
 
     def __init__(self, width: int, heads: int, reads_text: bool = False):
         super().__init__()
@@ -216,14 +224,15 @@ class Block(nn.Module):
         else:
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x, c, history: str = "none", past: list | None = None, text=None):
-        """x: (b, s, n, width); c: (b, s, width), or (b, s, 6·width) in a text network; past: see
-        Attention; text: this layer's part of what DiT.read_text returns."""
+    def forward(self, x, c, mask: str = "none", past: list | None = None, text=None):
+        """x: (b, s, n, width); c: the condition, (b, s, width), or in a text network what
+        SharedAdaLN needs of it, (b, s, 6·width); past: see Attention; text: this layer's part of
+        what DiT.read_text returns."""
         modulation = self.adaLN_modulation(c)                               # once per state
         modulation = rearrange(modulation, "b s (six d) -> six b s 1 d", six=6)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
         attn_input = modulate(self.norm1(x), shift_attn, scale_attn)
-        x = x + gate_attn * self.attn(attn_input, history, past)
+        x = x + gate_attn * self.attn(attn_input, mask, past)
         if text is not None:
             x = x + self.cross_attn(x, *text)
         mlp_input = modulate(self.norm2(x), shift_mlp, scale_mlp)
@@ -241,8 +250,7 @@ class FinalLayer(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, c):
-        """x: (b, s, n, width); c: (b, s, width), or in a text network (b, s, 2·width), the
-        condition twice over: see DiT.output."""
+        """x: (b, s, n, width); c: the condition, (b, s, width)."""
         modulation = rearrange(self.adaLN_modulation(c), "b s (two d) -> two b s 1 d", two=2)
         shift, scale = modulation
         return self.linear(modulate(self.norm_final(x), shift, scale))
@@ -252,8 +260,8 @@ class FinalLayer(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A timestep, 0 … 1000 (0 … 1 in SiT and REPA), as 256 sinusoids, cosines first; then a small
-    MLP."""
+    """A timestep becomes 256 sinusoids, cosines first, and then goes through a small MLP. Timesteps
+    are numbers from 0 to 1000, or from 0 to 1 in two public networks (see teacher.py)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -323,8 +331,8 @@ class DiT(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for no label, or the number of the empty prompt, for
-        classifier-free guidance."""
+        """The label that stands for no label, for classifier-free guidance. In a text network it is
+        −1, the number of the empty prompt, which is the last of the prompts."""
         return -1 if self.config.reads_text else self.config.classes
 
     @property
@@ -334,9 +342,9 @@ class DiT(nn.Module):
         return ["final_layer"] + [f"final_layer{i}" for i in range(2, count + 1)]
 
     def initialise(self):
-        """As DiT: Xavier for linear layers, and zeros for all biases, for the adaLN modulation of
-        every layer, for the output, and for what cross-attention adds. So each layer starts as the
-        identity, and a fresh network outputs exactly zero."""
+        """As in DiT, linear layers start with Xavier's initialisation. Zero are all biases, the
+        adaLN modulation of every layer, the output, and what cross-attention and the noise shortcut
+        add. So each layer starts as the identity, and a fresh network outputs exactly zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -351,18 +359,18 @@ class DiT(nn.Module):
 
     def forward(self, x, timesteps, y, cache: KVCache | None = None):
         """x: states, (b, s, c, h, w); timesteps: one for each state, (s,) or (b, s), on the scale
-        that the network was trained with (0 … 1000 here); y: labels, or numbers of prompts, (b,).
-        Returns an output for each state, (b, s, c, h, w).
+        that the network was trained with; y: labels, or numbers of prompts, (b,). Returns an output
+        for each state, (b, s, c, h, w).
 
         With a `cache`, x holds only the states that have not been read yet."""
         tokens = self.embed(x, cache)                                       # (b, s, n, width)
         c = self.condition(timesteps, y)                                    # (b, s, width)
-        text, layer_c = [None] * len(self.blocks), c
+        text, c_of_layers = [None] * len(self.blocks), c
         if self.config.reads_text:
             text = self.read_text(y, cache)
-            layer_c = self.shared_modulation(c)                             # (b, s, 6·width)
-        for i, read in enumerate(text):
-            tokens = self.run_layer(i, tokens, layer_c, cache, read)
+            c_of_layers = self.shared_modulation(c)                         # (b, s, 6·width)
+        for i in range(len(self.blocks)):
+            tokens = self.run_layer(i, tokens, c_of_layers, cache, text[i])
         out = self.output(tokens, c, cache)
         if cache is not None:
             cache.states_read += x.shape[1]
@@ -387,16 +395,18 @@ class DiT(nn.Module):
         return torch.cat([tokens[:, :1], tokens[:, 1:] + noise], dim=1)
 
     def condition(self, timesteps, y):
-        """c = time + label, one for each state, (b, s, width). In a text network c = time."""
-        time = self.t_embedder(timesteps)                                   # (…, s, width)
+        """The condition c of each state, (b, s, width): the embedding of its timestep plus that of
+        the label. In a text network, where the prompt is read by cross-attention, it is the
+        embedding of the timestep alone."""
+        timestep = self.t_embedder(timesteps)                               # (…, s, width)
         if self.config.reads_text:
-            return time.expand(len(y), -1, -1)
+            return timestep.expand(len(y), -1, -1)
         label = self.y_embedder["embedding_table"](y)
-        return time + rearrange(label, "b d -> b 1 d")
+        return timestep + rearrange(label, "b d -> b 1 d")
 
     def read_text(self, y, cache: KVCache | None) -> list:
-        """The prompts with the numbers y, (b,), as each layer's cross-attention reads them: its
-        keys and values, and which tokens are words."""
+        """The prompts with the numbers y, (b,), as the cross-attention of each layer reads them, a
+        list: keys and values, and which tokens are words. (Padding is all zeros.)"""
         if cache is not None and cache.text is not None:
             return cache.text
         vectors = self.prompts[y]                                           # (b, l, text_width)
@@ -408,11 +418,11 @@ class DiT(nn.Module):
         return text
 
     def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text=None):
-        """Layer i; history is visible in the first `history_layers` layers. text: this layer's
-        part of what read_text returns."""
-        history = self.config.history if i < self.config.history_layers else "none"
+        """Layer i, with the arguments of Block.forward. Earlier states are visible in the first
+        `history_layers` layers."""
+        mask = self.config.mask if i < self.config.history_layers else "none"
         past = None
-        if cache is not None and history != "none":
+        if cache is not None and mask != "none":
             past = cache.past.setdefault(i, [])
         layer = (self.compiled_blocks or self.blocks)[i]
         if self.checkpointing and torch.is_grad_enabled():
@@ -420,19 +430,17 @@ class DiT(nn.Module):
                 layer,
                 tokens,
                 c,
-                history,
+                mask,
                 past,
                 text,
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-        return layer(tokens, c, history, past, text)
+        return layer(tokens, c, mask, past, text)
 
     def output(self, tokens, c, cache: KVCache | None = None):
         """Tokens (b, s, n, width) to outputs of the shape of the states, (b, s, c, h, w)."""
         config = self.config
-        if config.reads_text:
-            c = repeat(c, "b s d -> b s (two d)", two=2)  # for the shift and for the scale
         if config.output_layers == 1:
             out = self.final_layer(tokens, c)
         else:
@@ -450,10 +458,11 @@ class DiT(nn.Module):
         return out[:, :, : config.channels]  # without the variance of learn_sigma
 
     def compile_layers(self):
-        """Use torch.compile. The layers are compiled one by one; having the same code, they share
-        their graphs. There is a graph for each shape (`dynamic=False`): sampling needs one for each
-        step, and a last, smaller batch needs others. `compiled_blocks` is a list, which is no part
-        of the module: the names of the weights stay as they are."""
+        """Use torch.compile. The layers are compiled one by one. All layers run the same code, so
+        they share their compiled graphs. There is a graph for each shape (`dynamic=False`):
+        sampling needs one for each step, and a last, smaller batch needs others. PyTorch does not
+        look for weights in a plain list such as `compiled_blocks`, so that their names stay as they
+        are."""
         torch._dynamo.reset()  # forget the graphs of earlier models
         torch._dynamo.config.cache_size_limit = 64  # graphs; beyond it, layers run uncompiled
         self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]

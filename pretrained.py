@@ -229,7 +229,7 @@ def model_config(weights: dict, heads: int | None, file: Path) -> ModelConfig:
         depth=depth,
         heads=heads,
         learn_sigma=outputs == 2 * channels,
-        history="causal" if is_student else "none",
+        mask="causal" if is_student else "none",
         history_layers=IMAGENET.student.history_layers if is_student else 0,  # not in the file
         output_layers=output_layers,
     )

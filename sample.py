@@ -6,7 +6,7 @@ only the last one (paper, Sec. 3.2):
 
     x̂_{τ_{s−1}} = G_θ( x_T, x̂_{τ_{S−1}}, …, x̂_{τ_s}, s, y ),        s = S, …, 1
 
-where y is the label, and s reaches the network as the timesteps of the states.
+where y is the label. The network is not given the number s, but the timestep of each state.
 
 The keys and values of earlier states are cached, so that each step costs one pass over one state.
 The student needs no guidance: where its teacher was guided, the states that it has learned to make
@@ -17,9 +17,9 @@ In the code, `model` is the student's network, and `student` (config.Student) de
 their times, the timesteps that the network is given, and what its output means.
 
     python sample.py                                 images from the shipped student, in four steps
-    python sample.py assets/textures-teacher.pt      the same noises, its teacher's 24 steps
+    python sample.py assets/textures-teacher.pt      images from its teacher, in 24 steps
     python sample.py --labels 0 2 --draw-trajectory  two classes, and how the images came to be
-    python sample.py --count 50000 --npz             samples.npz, for ADM's evaluator
+    python sample.py --count 50000 --npz             samples.npz, from which FID is computed
     python sample.py --prompt "a red star left of a blue ring"      the student of scenes
     python sample.py runs/pixart256/student.pt --prompts DIR        prompts that text.py has encoded
 """
@@ -63,15 +63,16 @@ SHEET = 100  # images in grid.png, or fewer
 
 def student_times(student: Student) -> torch.Tensor:
     """The times of x_T and of the student's S targets on the noise path, (S + 1,). If the targets
-    stand after 6, 12, 18 and 24 of 24 Euler steps with flow matching: 1, 3/4, 1/2, 1/4 and 0."""
+    are the states after 6, 12, 18 and 24 of 24 Euler steps with flow matching: 1, 3/4, 1/2, 1/4 and
+    0."""
     path = NOISE_PATHS[student.ode.noise_path]
     return path.times(student.ode.euler_steps)[[0, *student.target_steps]]
 
 
 @lru_cache
 def times_on(device: torch.device, student: Student):
-    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Kept,
-    since a copy to a GPU cannot be recorded in a CUDA graph.)"""
+    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Cached:
+    training.RecordedPass allows no copies to a GPU.)"""
     return student_times(student).to(device), torch.tensor(student.timesteps, device=device)
 
 
@@ -82,11 +83,11 @@ def next_state(student: Student, output, x, t, t_next):
                           The student starts from weights that predict something else (v, say), and
                           has to unlearn it first.
     output = "direction"  The output is what a teacher would predict (v, say), and the next state is
-                          the Euler step from t to t_next with it (ours). Before any training, a
-                          student without history then does what its teacher does with S Euler steps
-                          between the same times and no guidance. It needs targets = "states": an
-                          Euler step at time t starts from a state with the noise of time t, and a
-                          clean prediction has none.
+                          the Euler step from t to t_next with it (ours). So an untrained student
+                          without history equals its teacher without guidance, in S Euler steps
+                          between the same times. It needs targets = "states": an Euler step at time
+                          t starts from a state with the noise of time t, and a clean prediction has
+                          none.
     """
     if student.output == "state":
         return output
@@ -109,8 +110,8 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 def predict_all(model, student: Student, states, y):
     """The student's next state for each of the s ≤ S states that it reads, (b, s, c, h, w), x_T
-    first: all in one pass. This is how it is trained. Given the first S states that `few_step` has
-    made, it returns the last S (but for rounding)."""
+    first: all in one pass. This is how it is trained. Of the S + 1 states that `few_step` makes, it
+    computes the last S when it is given the first S, up to rounding."""
     s = states.shape[1]
     times, timesteps = times_on(states.device, student)                     # (S + 1,), (S,)
     output = model(states, timesteps[:s], y).float()                        # (b, s, c, h, w)
@@ -120,8 +121,8 @@ def predict_all(model, student: Student, states, y):
 def implied_x0(ode: ODE, states, times):
     """The clean image at which each step of a trajectory aimed, (b, s, c, h, w), from s + 1 states
     and their times. An Euler step keeps x̂_0 and ε̂, so that x = α·x̂_0 + σ·ε̂ before it and
-    x_next = α_next·x̂_0 + σ_next·ε̂ after it; these are solved for x̂_0. It shows how coarse
-    structure becomes fine, which noisy states hide."""
+    x_next = α_next·x̂_0 + σ_next·ε̂ after it; these are solved for x̂_0. It shows how details
+    appear step by step, where the states themselves are noisy."""
     alpha, sigma = mixing_weights(ode, times, states.device)                # (s + 1, 1, 1, 1)
     alpha_next, sigma_next = alpha[1:], sigma[1:]
     alpha, sigma = alpha[:-1], sigma[:-1]
@@ -133,7 +134,8 @@ def implied_x0(ode: ODE, states, times):
 
 
 def sample_states(model, record: StudentRecord | TeacherRecord, x_T, y):
-    """The trajectory (b, s + 1, c, h, w) of a student or of a teacher."""
+    """All states from noise to image, (b, …, c, h, w): S + 1 of a student; of a teacher, one more
+    than its Euler steps."""
     if isinstance(record, StudentRecord):
         return few_step(model, record.student, x_T, y)
     states, _ = solve(model, record.ode, x_T, y)
@@ -207,10 +209,10 @@ class Sampler:
         )
         self.seed = data.SAMPLING_SEED + flags.seed
         self.record = use_prompts(self.model, self.record, flags.prompts)
-        if flags.prompts:
+        if flags.prompts:  # they have no names: their numbers stand in for these
             numbers = range(self.record.model.classes)
             self.record = replace(self.record, classes=tuple(map(str, numbers)))
-            flags.labels = flags.labels or self.record.classes  # the prompts in turn
+            flags.labels = flags.labels or self.record.classes  # without --labels: all, in turn
         self.labels = parse_labels(flags.labels, self.record.classes) if flags.labels else None
         channels = self.record.model.channels
         if self.record.model.image_size > 1 and channels not in (1, 3, 4):
@@ -230,7 +232,7 @@ class Sampler:
         self.runtime.prepare(self.model)
 
     def read_prompts(self, prompts: list[str]):
-        """Make images for these prompts in turn, in place of the captions of training."""
+        """Make images for these prompts in turn, instead of captions from the training set."""
         if not self.record.model.reads_text:
             raise UserError("this network is given classes, not text: use --labels, not --prompt")
         if self.record.data.source != "scenes":
@@ -240,7 +242,7 @@ class Sampler:
         self.labels = list(range(len(prompts)))
 
     def states(self, indices):
-        """Trajectories (b, s + 1, c, h, w) and labels (b,)."""
+        """What `sample_states` returns for the images with these indices, and labels (b,)."""
         x_T, y = data.noise_and_labels(self.record, self.seed, indices)
         if self.labels:
             y = torch.tensor([self.labels[i % len(self.labels)] for i in indices])
@@ -287,7 +289,8 @@ def sample_all(sampler: Sampler, flags, sheet: list):
     starts = range(0, flags.count, together)
     progress = Progress("sampling", starts, unit="images", size=together, amount=flags.count)
     for start in progress:
-        mine = range(flags.count)[start + rank() * flags.batch :][: flags.batch]
+        first = start + rank() * flags.batch
+        mine = range(first, min(first + flags.batch, flags.count))  # of this process; maybe none
         made = [(mine, *sampler.images(mine))] if mine else []
         for indices, images, names in gather(made):
             sheet.extend(images[: SHEET - len(sheet)])
@@ -310,13 +313,14 @@ def main():
     if flags.npz and rank() == 0:
         data.write_npz(out / "samples.npz", flags.count, batches)
         print(f"wrote {out / 'samples.npz'}")
-    for _ in batches:  # run the generator to its end, unless write_npz has done so
+    for _ in batches:  # images are made while one iterates; write_npz may have done so already
         pass
     if rank() > 0:
         return
     images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
     file, prompts = out / "grid.png", flags.prompt or [""]
-    images = images[: len(images) // len(prompts) * len(prompts)]  # as many of each
+    each = len(images) // len(prompts)  # the same number for each prompt: the rest is not shown
+    images = images[: each * len(prompts)]
     if len(prompts) > 1:
         rows = {text: images[i :: len(prompts)] for i, text in enumerate(prompts)}
         data.draw_images(rows, file)

@@ -5,8 +5,8 @@ A *noise path* mixes an image x_0 with Gaussian noise ε,
     x_t = α(t)·x_0 + σ(t)·ε                                                          (noise path)
 
 from the image itself (α = 1, σ = 0) to noise x_T, pure or almost so. A network is given x_t, a
-class label and t, and estimates the image and the noise that were mixed, (x̂_0, ε̂). Its estimates
-define the *probability-flow ODE*
+class label and t, and estimates the image and the noise that were mixed, (x̂_0, ε̂), such that
+x_t = α(t)·x̂_0 + σ(t)·ε̂. Its estimates define the *probability-flow ODE*
 
     dx/dt = dα/dt · x̂_0(x, t) + dσ/dt · ε̂(x, t)                                             (ODE)
 
@@ -15,9 +15,10 @@ keeps the estimates of time t and moves along the noise path:
 
     x_next = α(t_next)·x̂_0 + σ(t_next)·ε̂                                             (Euler step)
 
-This one formula serves every teacher, since only α and σ differ. In the coordinates x/α against
-σ/α it is literally Euler's method (wherever α > 0). For flow matching it equals x + (t_next − t)·v
-with the velocity v = ε̂ − x̂_0. For DDPM it *is* the DDIM step.
+This one formula serves every teacher, since only α and σ differ. Where α > 0, we can divide by α:
+with z = x/α and r = σ/α the ODE is dz/dr = ε̂, and the step is literally Euler's method for it. For
+flow matching the step equals x + (t_next − t)·v with the velocity v = ε̂ − x̂_0. For DDPM it *is*
+the DDIM step.
 
 Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number by
 which the network is told this time. For flow matching, t runs from 1 to 0 and the timestep is
@@ -46,7 +47,7 @@ from machine import Runtime, rank, runtime_from
 from model import DiT
 from training import train
 
-LABEL_DROPOUT = 0.1  # fraction of labels that the null class replaces in training, for guidance
+LABEL_DROPOUT = 0.1  # fraction of labels replaced by the null class in training, for guidance
 
 # ---- 1. Noise paths ------------------------------------------------------------------------------
 
@@ -68,7 +69,8 @@ class FlowMatching:
         return 1000 * t
 
     def times(self, euler_steps: int) -> torch.Tensor:
-        """The (euler_steps + 1,) times from noise to image between which the Euler steps go."""
+        """The times from noise to image, (euler_steps + 1,). Each Euler step leads from one to the
+        next."""
         return torch.linspace(self.t_noise, self.t_image, euler_steps + 1)
 
     def draw_times(self, count: int, rng: np.random.Generator, noisier: float) -> torch.Tensor:
@@ -88,11 +90,11 @@ class DDPM:
     @staticmethod
     @lru_cache
     def tables(device: torch.device):
-        """α and σ at t = −1, 0, …, 999. (Kept for each device, since a copy to a GPU cannot be
-        recorded in a CUDA graph.)"""
+        """α and σ at t = −1, 0, …, 999. (Cached for each device: training.RecordedPass allows no
+        copies to a GPU.)"""
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-        image = torch.ones(1, dtype=torch.float64)
-        alpha_bar = torch.cat([image, torch.cumprod(1 - beta, dim=0)])
+        of_image = torch.ones(1, dtype=torch.float64)
+        alpha_bar = torch.cat([of_image, torch.cumprod(1 - beta, dim=0)])
         return alpha_bar.sqrt().float().to(device), (1 - alpha_bar).sqrt().float().to(device)
 
     def alpha(self, t):
@@ -109,7 +111,7 @@ class DDPM:
         return t
 
     def times(self, euler_steps: int) -> torch.Tensor:
-        """As the public code respaces: integers spread evenly from 999 to 0, where halves are
+        """The times of the public code: evenly spaced integers from 999 to 0, of which halves are
         rounded to the even neighbour; then −1."""
         integers = torch.linspace(self.t_noise, 0, euler_steps, dtype=torch.float64).round()
         return torch.cat([integers, torch.tensor([self.t_image])]).float()
@@ -179,7 +181,8 @@ def euler_step(ode: ODE, output, x, t, t_next):
 def guided_output(model, ode: ODE, x, timestep, y):
     """Classifier-free guidance (arXiv 2207.12598): uncond + scale·(cond − uncond). Unless the
     scale is 1, it evaluates the network twice for each sample, as one batch of double size.
-    x: (b, c, h, w); timestep: (); y: (b,). (The public DiT guides three of four channels only.)"""
+    x: (b, c, h, w); timestep: (); y: (b,). The public DiT guides three of four channels only
+    (ode.guided_channels)."""
     def run(x, y):
         output = model(rearrange(x, "b c h w -> b 1 c h w"), timestep[None], y)
         return rearrange(output, "b 1 c h w -> b c h w").float()
@@ -243,7 +246,7 @@ def check_ode(ode: ODE):
 
 
 def make_teacher(preset: Preset, dataset: data.Dataset) -> tuple[DiT, TeacherRecord]:
-    """A fresh network for a data set, and what its checkpoint will say of it."""
+    """A fresh network for a data set, and the record that its checkpoint will hold."""
     check_ode(preset.ode)
     torch.manual_seed(preset.teacher.seed)
     try:
@@ -272,8 +275,8 @@ def make_teacher(preset: Preset, dataset: data.Dataset) -> tuple[DiT, TeacherRec
 
 
 def train_teacher(preset: Preset, file: Path, runtime: Runtime):
-    """Train the teacher that a preset describes, into the checkpoint `file`. Continues what is
-    there. Returns (its EMA, its record)."""
+    """Train the teacher that a preset describes, into the checkpoint `file`. If it exists, its
+    training is continued. Returns (the EMA of the teacher, its record)."""
     dataset = data.load(preset.data)
     model, record = make_teacher(preset, dataset)
     model.to(runtime.device)
@@ -304,9 +307,9 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
 
 
 def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime):
-    """Write a sheet of 80 of the teacher's images: of up to ten classes in turn or, of more than 80
-    classes, of 80 that are spread evenly. Of latents and points, which are not pictures, nothing is
-    written."""
+    """Write a sheet of 80 of the teacher's images. They are of up to ten classes in turn; where
+    there are more than 80 classes, of 80 evenly spaced ones. Nothing is written for latents and
+    points, which are not pictures."""
     if record.model.channels not in (1, 3):
         return
     count, classes = 80, record.model.classes
@@ -344,7 +347,7 @@ def parse_flags():
     )
     group = parser.add_argument_group("data and network")
     add = group.add_argument
-    add("--image-size", type=positive_int, help="pixels a side; never more than an image has")
+    add("--image-size", type=positive_int, help="pixels a side; less where images are smaller")
     add("--channels", type=int, choices=(1, 3), help="1 for grey images, 3 for colour")
     add(
         "--flip",

@@ -50,7 +50,7 @@ from matplotlib.figure import Figure
 import data
 from command_line import add_worker_flag, make_parser, positive_int, run_program
 from config import (
-    HISTORIES,
+    MASKS,
     ODE,
     PRESETS,
     Preset,
@@ -105,7 +105,7 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
     return {
         "baseline": [{}],
         "kind": [*kinds, kinds[-1] | dict(history_layers=depth)],
-        "history": [dict(history=history) for history in HISTORIES if history != "none"],
+        "mask": [dict(mask=mask) for mask in MASKS if mask != "none"],
         "history_layers": [dict(history_layers=N) for N in (1, depth // 3, depth // 2, depth)],
         "noise_shortcut": [
             dict(noise_shortcut=False),
@@ -147,10 +147,10 @@ def pair(preset: Preset, baseline: Preset, changes: dict) -> tuple[Preset, Prese
         no_gan_loss = replace(preset.gan, weight=0.0)
         return replace(baseline, gan=no_gan_loss), replace(baseline, gan=preset.gan)
     student = change(baseline, changes)
-    without = dict(history_layers=0, noise_shortcut=False, history=preset.student.history)
+    without = dict(history_layers=0, noise_shortcut=False, mask=preset.student.mask)
     control = change(student, without)
     settings = student.student
-    looks_back = settings.history != "none" and settings.history_layers > 0
+    looks_back = settings.mask != "none" and settings.history_layers > 0
     if settings.steps == 1 or not (looks_back or settings.noise_shortcut):
         return control, control
     return control, student

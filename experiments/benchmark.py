@@ -232,7 +232,7 @@ def latent_config(size: str, history_layers: int, image_size: int = 32) -> Model
         channels=4,
         classes=1000,
         learn_sigma=True,
-        history="causal",
+        mask="causal",
         history_layers=history_layers,
         **parse_size(size),
     )

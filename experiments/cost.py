@@ -82,11 +82,11 @@ def gan_macs(config: ModelConfig) -> int:
     weights = count_parameters(head) - count_parameters(head.condition)
     heads = config.depth * config.tokens * weights  # every token meets every weight
     features = count_macs(replace(config, history_layers=0))
-    own_history = count_macs(config, steps - 1)
+    own_inputs = count_macs(config, steps - 1)
     student = 3 * count_macs(config, steps)
     judging = 2 * (features + heads)  # the student's image, with a gradient for it
     discriminator = 2 * (features + 3 * heads)  # a real image and the student's
-    return own_history + student + judging + discriminator
+    return own_inputs + student + judging + discriminator
 
 
 def activation_bytes(config: ModelConfig, states: int, bf16=True, checkpointing=False) -> int:
@@ -158,7 +158,7 @@ def estimate(config: ModelConfig, rates: Rates) -> dict[str, float]:
     images = PRESET.distillation.iterations * PRESET.distillation.batch
     gan_images = PRESET.gan_training.iterations * PRESET.gan_training.batch
     states = 1 + len(trajectories.kept_steps)
-    plain = 2 * count_macs(replace(config, history="none"), steps) / 1e12
+    plain = 2 * count_macs(replace(config, mask="none"), steps) / 1e12
     row = {
         "traj. h": trajectories.count * teacher / rates.sampling / 3600,
         "disk GB": trajectories.count * states * 2 * config.channels * config.image_size**2 / 1e9,

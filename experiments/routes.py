@@ -61,9 +61,9 @@ class RoutedAttention(Attention):
         positions = sincos_positions(grid_size, width)[0]                   # (n, width)
         self.register_buffer("positions", F.normalize(positions, dim=-1))
 
-    def forward(self, x, history: str, past: list | None):
-        if history == "none":
-            return super().forward(x, history, past)
+    def forward(self, x, mask: str, past: list | None):
+        if mask == "none":
+            return super().forward(x, mask, past)
         n = x.shape[2]
         qkv = self.qkv(x)
         qkv = rearrange(qkv, "b s n (three h d) -> three b h (s n) d", three=3, h=self.heads)

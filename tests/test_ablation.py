@@ -39,19 +39,19 @@ def test_a_row_and_its_control():
     preset, baseline = PRESETS["shapes"], first_stage("shapes")
     for changes, names in (
         (dict(steps=8), ("steps=8,history_layers=0", "steps=8")),
-        (dict(history="window"), ("history_layers=0", "history=window")),
+        (dict(mask="window"), ("history_layers=0", "mask=window")),
         (dict(history_layers=3), ("history_layers=0", "history_layers=3")),
         (dict(noise_shortcut=True), ("history_layers=0", "noise_shortcut=True")),
         (dict(output_layer_per_step=False), ("history_layers=0", "preset")),  # the baseline itself
-        (dict(history="none"), ("history_layers=0",) * 2),
+        (dict(mask="none"), ("history_layers=0",) * 2),
         (dict(steps=1), ("steps=1,history_layers=0",) * 2),  # one step has no history
         (dict(gan=True), ("gan_weight=0", "gan_weight=1")),
     ):
         students = pair(preset, baseline, changes)
         assert tuple(name_of(baseline, student) for student in students) == names
-    moved = change(baseline, dict(history="anchor", targets="x0"))
+    moved = change(baseline, dict(mask="anchor", targets="x0"))
     names = [name_of(baseline, student) for student in pair(preset, moved, {})]
-    assert names == ["targets=x0,history_layers=0", "targets=x0,history=anchor"]
+    assert names == ["targets=x0,history_layers=0", "targets=x0,mask=anchor"]
 
 
 @pytest.mark.parametrize("name", ["points", "shapes", "textures"])

@@ -127,7 +127,7 @@ def test_flags_that_were_given_replace_fields():
 @pytest.mark.parametrize(
     "wrong, says",
     [
-        (dict(history="diagonal"), "no history 'diagonal': choose from none, window"),
+        (dict(mask="diagonal"), "no mask 'diagonal': choose from none, window"),
         (dict(history_layers=7), "7 history layers: the network has 6"),
         (dict(history_layers=-1), "-1 history layers"),
         (dict(image_size=9), "9 pixels cannot be cut into patches of 4"),
@@ -151,7 +151,7 @@ def test_sizes():
 
 
 @pytest.mark.parametrize(
-    "history, layers, shortcut, reads",
+    "mask, layers, shortcut, reads",
     [
         ("causal", 1, False, True),
         ("causal", 0, False, False),  # N = 0: step distillation
@@ -159,8 +159,8 @@ def test_sizes():
         ("none", 0, True, True),
     ],
 )
-def test_which_networks_read_history(history, layers, shortcut, reads):
-    config = replace(MODEL, history=history, history_layers=layers, noise_shortcut=shortcut)
+def test_which_networks_read_history(mask, layers, shortcut, reads):
+    config = replace(MODEL, mask=mask, history_layers=layers, noise_shortcut=shortcut)
     assert config.reads_history == reads
 
 
@@ -213,7 +213,7 @@ def test_imagenet256_is_the_recipe_of_the_authors_code():
     assert (preset.size, preset.ode) == ("XL/2", ode)
     assert preset.trajectories.kept_steps == AUTHORS_TARGET_STEPS == (10, 15, 20, 25)
     student = preset.student
-    assert (student.steps, student.history, student.history_layers) == (4, "causal", 6)
+    assert (student.steps, student.mask, student.history_layers) == (4, "causal", 6)
     assert (student.targets, student.output) == ("x0", "state")
     assert student.output_layer_per_step
     assert student.timesteps == tuple(999 * share for share in (1, 3 / 4, 1 / 2, 1 / 4))

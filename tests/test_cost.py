@@ -56,11 +56,11 @@ def test_the_arithmetic_of_the_second_stage_is_what_a_counter_sees(monkeypatch):
 
 def cost_of_one_iteration(student, discriminator, x, y):
     """The products of gan.GANTrainer.step, without its optimizers."""
-    from distill import own_history
+    from distill import own_inputs
     from sample import predict_all
 
-    history = own_history(student, STUDENT, x[:, 0], y)
-    prediction = predict_all(student, STUDENT, history, y)
+    inputs = own_inputs(student, STUDENT, x[:, 0], y)
+    prediction = predict_all(student, STUDENT, inputs, y)
     seen = prediction[:, -1].detach().requires_grad_()
     discriminator.requires_grad_(False)
     discriminator(seen, x[:, 1], y).mean().backward()

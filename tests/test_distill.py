@@ -13,8 +13,8 @@ import torch
 
 import distill
 import training
-from config import HISTORIES
-from distill import ard_loss, make_student, own_history
+from config import MASKS
+from distill import ard_loss, make_student, own_inputs
 from files import UserError, fingerprint, load_checkpoint
 from machine import Runtime
 from sample import few_step, student_times
@@ -68,10 +68,10 @@ def test_the_worked_example_of_the_docstring():
 # ---- the loss ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("output", ["direction", "state"])
-def test_one_pass_is_s_steps(history, output):
-    model, record = student_of(random_dit(), history=history, output=output)
+def test_one_pass_is_s_steps(mask, output):
+    model, record = student_of(random_dit(), mask=mask, output=output)
     x, y = trajectory()
     expected = 0
     for s in range(4):  # the student reads s + 1 of the teacher's states and predicts the next
@@ -119,7 +119,7 @@ def test_a_fraction_of_the_batch_reads_its_own_history():
 def test_no_gradient_flows_through_the_students_own_history():
     model, record = student_of(random_dit())
     student, (x, y) = record.student, trajectory(4)
-    own = own_history(model, student, x[:, 0], y)
+    own = own_inputs(model, student, x[:, 0], y)
     assert own.shape == (4, 4, 3, 8, 8) and not own.requires_grad
     assert torch.equal(own, few_step(model, student, x[:, 0], y)[:, :4])
 
@@ -183,9 +183,9 @@ def test_output_layers_start_as_copies_and_learn_apart():
 
 
 @pytest.mark.parametrize("shortcut", [False, True])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_gradients_reach_every_weight(history, shortcut):
-    model, record = student_of(random_dit(), history=history, noise_shortcut=shortcut)
+@pytest.mark.parametrize("mask", MASKS)
+def test_gradients_reach_every_weight(mask, shortcut):
+    model, record = student_of(random_dit(), mask=mask, noise_shortcut=shortcut)
     ard_loss(model, record.student, *trajectory()).backward()
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
     assert [name for name, w in trained.items() if not w.grad.abs().sum() > 0] == []
@@ -212,7 +212,7 @@ def test_the_record_says_where_a_student_comes_from():
         (dict(targets="x0"), "use --output state, or --targets states"),
         (dict(timesteps=(1.0,)), "1 timesteps are given for 4 steps"),
         (dict(history_layers=7), "7 history layers: the network has 6"),
-        (dict(history="future"), "no history 'future'"),
+        (dict(mask="future"), "no mask 'future'"),
     ],
 )
 def test_settings_that_contradict_one_another(wrong, says):

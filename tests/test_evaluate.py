@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
 from config import (
-    HISTORIES,
+    MASKS,
     ODE,
     ClassifierRecord,
     DataConfig,
@@ -90,7 +90,7 @@ def student_for(record, seed=0, **changes):
     _, like = student_of(random_dit(), **changes)
     config = replace(
         record.model,
-        history=like.model.history,
+        mask=like.model.mask,
         history_layers=like.model.history_layers,
         noise_shortcut=like.model.noise_shortcut,
     )
@@ -210,10 +210,10 @@ def test_exposure_bias_starts_at_zero():
     assert errors["teacher"][3] == pytest.approx(wrong, rel=1e-4)
 
 
-@pytest.mark.parametrize("history", ["window", "anchor", "causal"])
-def test_attention_is_that_of_a_masked_softmax(history):
+@pytest.mark.parametrize("mask", ["window", "anchor", "causal"])
+def test_attention_is_that_of_a_masked_softmax(mask):
     """The first layer's shares, from its queries and keys and a mask over all tokens."""
-    model, record = student_of(random_dit(), history=history)
+    model, record = student_of(random_dit(), mask=mask)
     states, y = torch.randn(3, 4, 3, 8, 8), torch.tensor([0, 4, 2])
     caught = {}
     attention = model.blocks[0].attn
@@ -231,7 +231,7 @@ def test_attention_is_that_of_a_masked_softmax(history):
         "window": i[:, None] - i <= 1,
         "anchor": (i == 0) | (i == i[:, None]),
         "causal": True,
-    }[history]
+    }[mask]
     visible = (i <= i[:, None]) & seen
     scores = (q @ k.mT / math.sqrt(16)).masked_fill(~visible, -math.inf)
     weights = scores.softmax(-1).view(3, 4, 4, 4, 4, 4)  # b, h, s n, s n
@@ -264,10 +264,10 @@ def network(**changes) -> ModelConfig:
     return ModelConfig(**dict(image_size=8, channels=3, classes=5, **size) | changes)
 
 
-@pytest.mark.parametrize("history", ["none", "window", "anchor", "causal"])
+@pytest.mark.parametrize("mask", ["none", "window", "anchor", "causal"])
 @pytest.mark.parametrize("states", [1, 4])
-def test_macs_are_those_that_pytorch_counts(history, states):
-    plain = network(history=history, history_layers=2)
+def test_macs_are_those_that_pytorch_counts(mask, states):
+    plain = network(mask=mask, history_layers=2)
     assert count_macs(plain, states) == counted(plain, states)
     shortcut = replace(plain, noise_shortcut=True)
     assert count_macs(shortcut, states) == counted(shortcut, states)
@@ -286,8 +286,8 @@ def test_the_papers_cost_of_history():
     assert round(count_macs(public) / 1e9, 1) == 118.6
     assert count_macs(public) == counted(public, 1)
     giga = {}
-    for history in HISTORIES:
-        giga[history] = count_macs(replace(public, history=history, history_layers=6), 4) / 1e9
+    for mask in MASKS:
+        giga[mask] = count_macs(replace(public, mask=mask, history_layers=6), 4) / 1e9
     assert giga["none"] == pytest.approx(474.6, abs=0.2)
     assert giga["causal"] == pytest.approx(479.9, abs=0.2)
     half = pytest.approx((474.6 + 479.9) / 2, abs=0.2)

@@ -187,8 +187,8 @@ def test_the_students_loss_and_gradients(on_policy):
     assert distillation > 0 and weight > 0
     loss.backward()
 
-    history = few_step(model, student, trajectory[:, 0], y) if on_policy else trajectory
-    prediction = predict_all(model, student, history[:, :-1], y)
+    read = few_step(model, student, trajectory[:, 0], y) if on_policy else trajectory
+    prediction = predict_all(model, student, read[:, :-1], y)
     expected = (prediction - trajectory[:, 1:]).square().mean()
     torch.testing.assert_close(distillation, expected)
     torch.testing.assert_close(images, prediction[:, -1].detach())

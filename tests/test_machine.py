@@ -83,7 +83,7 @@ def test_a_machine_without_a_compiler_says_so_before_the_work(monkeypatch):
 
 @pytest.mark.parametrize("short, error", [(torch.bfloat16, 0.05), (torch.float16, 0.005)])
 def test_sixteen_bits_keep_float32_weights_and_almost_the_gradient(bf16_cpu, short, error):
-    model = random_dit(history="causal", history_layers=1)
+    model = random_dit(mask="causal", history_layers=1)
     torch.manual_seed(0)
     x, timesteps, y = torch.randn(4, 2, 3, 8, 8), torch.tensor([900.0, 400.0]), torch.arange(4)
     gradients = []

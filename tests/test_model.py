@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import HISTORIES, ModelConfig, parse_size
+from config import MASKS, ModelConfig, parse_size
 from model import DiT, KVCache, history_mask, sincos_positions
 
 TINY = ModelConfig(image_size=6, channels=3, classes=5, patch=2, width=32, depth=3, heads=4)
@@ -128,7 +128,7 @@ def plain_dit(w, x, timesteps, y, masks, patch=2, heads=4):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_without_history_it_is_one_plain_dit_per_state(learn_sigma):
-    model = network(history="causal", history_layers=0, learn_sigma=learn_sigma)
+    model = network(mask="causal", history_layers=0, learn_sigma=learn_sigma)
     x, timesteps, y = trajectory()
     timesteps = torch.stack([timesteps, timesteps / 2])  # (b, s): each sample may have its own
     out = run(model, x, timesteps, y)
@@ -140,13 +140,13 @@ def test_without_history_it_is_one_plain_dit_per_state(learn_sigma):
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_the_slices_compute_what_the_mask_says_outputs_and_gradients(history, layers):
-    model = network(history=history, history_layers=layers)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_slices_compute_what_the_mask_says_outputs_and_gradients(mask, layers):
+    model = network(mask=mask, history_layers=layers)
     x, timesteps, y = trajectory()
     weights = dict(model.named_parameters())
     trained = [weight for weight in weights.values() if weight.requires_grad]
-    masks = layers * [history_mask(history, STATES, TOKENS)]
+    masks = layers * [history_mask(mask, STATES, TOKENS)]
     masks += (3 - layers) * [history_mask("none", STATES, TOKENS)]
     out = run(model, x, timesteps, y)
     expected = plain_dit(weights, x, timesteps.expand(2, -1), y, masks)
@@ -170,28 +170,28 @@ PAPER = {  # Fig. 3; a row is the state that reads, a column the state that is r
 }
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-def test_the_mask_is_the_papers(history):
-    states = torch.tensor([[cell == "■" for cell in row] for row in PAPER[history]])
-    assert torch.equal(history_mask(history, 4, 1), states)
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_mask_is_the_papers(mask):
+    states = torch.tensor([[cell == "■" for cell in row] for row in PAPER[mask]])
+    assert torch.equal(history_mask(mask, 4, 1), states)
     every_token = torch.kron(states, torch.ones(3, 3, dtype=torch.bool))  # of a state alike
-    assert torch.equal(history_mask(history, 4, 3), every_token)
+    assert torch.equal(history_mask(mask, 4, 3), every_token)
 
 
 @pytest.mark.parametrize("shortcut", [False, True])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_causal_to_the_bit(history, shortcut):
-    model = network(history=history, history_layers=2, noise_shortcut=shortcut)
+@pytest.mark.parametrize("mask", MASKS)
+def test_causal_to_the_bit(mask, shortcut):
+    model = network(mask=mask, history_layers=2, noise_shortcut=shortcut)
     for j in range(STATES):
         changes = moved(model, j)
         assert changes[j] and not any(changes[:j])
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-def test_masks_are_told_apart_by_one_layer(history):
-    model = network(history=history, history_layers=1)  # one layer: what moves was read directly
+@pytest.mark.parametrize("mask", MASKS)
+def test_masks_are_told_apart_by_one_layer(mask):
+    model = network(mask=mask, history_layers=1)  # one layer: what moves was read directly
     for j in range(STATES):
-        assert moved(model, j) == [row[j] == "■" for row in PAPER[history]]
+        assert moved(model, j) == [row[j] == "■" for row in PAPER[mask]]
 
 
 # ---- the noise shortcut --------------------------------------------------------------------------
@@ -232,10 +232,10 @@ def test_the_noise_shortcut_starts_at_zero_and_learns():
 
 @pytest.mark.parametrize("output_layers", [1, STATES])
 @pytest.mark.parametrize("layers, shortcut", [(0, False), (1, False), (3, True), (0, True)])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_cached_sampling_equals_the_full_pass(history, layers, shortcut, output_layers):
+@pytest.mark.parametrize("mask", MASKS)
+def test_cached_sampling_equals_the_full_pass(mask, layers, shortcut, output_layers):
     model = network(
-        history=history,
+        mask=mask,
         history_layers=layers,
         noise_shortcut=shortcut,
         output_layers=output_layers,
@@ -254,7 +254,7 @@ def test_cached_sampling_equals_the_full_pass(history, layers, shortcut, output_
     torch.testing.assert_close(stepwise, full, rtol=1e-5, atol=1e-5)
     assert tokens_read == [STATES * TOKENS] + STATES * [TOKENS]  # one state at a time, no prefix
     # Only the layers that look back remember anything.
-    assert len(cache.past) == (0 if history == "none" else layers)
+    assert len(cache.past) == (0 if mask == "none" else layers)
 
 
 def test_every_step_has_its_own_output_layer():
@@ -269,8 +269,8 @@ def test_every_step_has_its_own_output_layer():
     torch.testing.assert_close(change, third)
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-def test_no_mask_reaches_attention(history, monkeypatch):
+@pytest.mark.parametrize("mask", MASKS)
+def test_no_mask_reaches_attention(mask, monkeypatch):
     attend, queries = F.scaled_dot_product_attention, []
 
     def watch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **more):
@@ -279,13 +279,13 @@ def test_no_mask_reaches_attention(history, monkeypatch):
         return attend(query, key, value, **more)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    model = network(history=history, history_layers=2)
+    model = network(mask=mask, history_layers=2)
     x, timesteps, y = trajectory()
     run(model, x, timesteps, y).sum().backward()
     in_training = len(queries)
     with torch.no_grad():
         run_stepwise(model, x, timesteps, y, KVCache())
-    assert in_training == (3 if history == "none" else 2 * STATES + 1)
+    assert in_training == (3 if mask == "none" else 2 * STATES + 1)
     assert len(queries) - in_training == 3 * STATES
     assert set(queries) == {TOKENS}  # of one state: no S·n × S·n matrix anywhere
 
@@ -294,7 +294,7 @@ def test_no_mask_reaches_attention(history, monkeypatch):
 
 
 def test_checkpointing_changes_no_gradient():
-    model, passes = network(history="causal", history_layers=2), []
+    model, passes = network(mask="causal", history_layers=2), []
     model.blocks[1].attn.qkv.register_forward_pre_hook(lambda *_: passes.append(1))
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     gradients = []
@@ -356,7 +356,7 @@ def test_names_are_the_public_ones():
     layers += ["final_layer.adaLN_modulation.1", "final_layer.linear"]
     names = {"pos_embed", "y_embedder.embedding_table.weight"}
     names |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    student = public("DiT-XL/2", history="causal", history_layers=6)
+    student = public("DiT-XL/2", mask="causal", history_layers=6)
     assert set(student.state_dict()) == names
 
 
@@ -456,13 +456,13 @@ def plain_text_dit(model, x, timesteps, y, mask):
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("history", HISTORIES)
-def test_a_text_network_equals_dense_attention_with_a_text_for_each_state(history):
-    model = text_network(history=history, history_layers=2)
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_text_network_equals_dense_attention_with_a_text_for_each_state(mask):
+    model = text_network(mask=mask, history_layers=2)
     x, timesteps, _ = trajectory()
     y = torch.tensor([0, 1])
     out = run(model, x, timesteps, y)
-    expected = plain_text_dit(model, x, timesteps, y, history_mask(history, STATES, TOKENS))
+    expected = plain_text_dit(model, x, timesteps, y, history_mask(mask, STATES, TOKENS))
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
     trained = [w for w in model.parameters() if w.requires_grad]
     gradients, dense = (
@@ -473,7 +473,7 @@ def test_a_text_network_equals_dense_attention_with_a_text_for_each_state(histor
 
 
 def test_the_texts_keys_and_values_are_computed_once_for_a_sample():
-    model = text_network(history="causal", history_layers=2)
+    model = text_network(mask="causal", history_layers=2)
     x, timesteps, _ = trajectory()
     y, calls = torch.tensor([0, -1]), []
     for layer in model.blocks:

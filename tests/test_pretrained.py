@@ -174,7 +174,7 @@ def test_the_authors_training_checkpoint_is_a_student(tmp_path):
     content = {"model": public_weights(4, seed=1), "ema": weights, "opt": {}, "args": arguments}
     model, record = load_network(save(tmp_path / "0300000.pt", content), "student", "teacher")
     assert isinstance(record, StudentRecord)
-    assert (record.model.history, record.model.history_layers) == ("causal", 6)
+    assert (record.model.mask, record.model.history_layers) == ("causal", 6)
     student = record.student
     assert student.timesteps == (999.0, 749.25, 499.5, 249.75)
     assert student_times(student).tolist() == [999.0, 583.0, 375.0, 166.0, -1.0]
@@ -370,11 +370,11 @@ def test_what_is_no_public_dit_is_refused(tmp_path, content, says):
 
 
 def write_student(file):
-    config = replace(CONFIG, history="causal", history_layers=2)
+    config = replace(CONFIG, mask="causal", history_layers=2)
     student = Student(FLOW_8, (2, 4, 6, 8), "states", "direction", (1000.0, 750.0, 500.0, 250.0))
     known = {name: getattr(TEACHER, name) for name in ("data", "classes", "class_weights")}
     record = StudentRecord(config, student, **known, teacher="", trajectories=1, training=TRAINING)
-    model = random_dit(history="causal", history_layers=2)
+    model = random_dit(mask="causal", history_layers=2)
     export(file, "student", asdict(record), model.state_dict())
     return record
 

@@ -12,7 +12,7 @@ TIMESTEPS = torch.tensor([1000.0, 750.0, 500.0])
 
 
 def student(name: str, bias: float):
-    model = random_dit(history="causal", history_layers=2)
+    model = random_dit(mask="causal", history_layers=2)
     replace_attention(model, ROUTES[name])
     for block in model.blocks[:2]:
         block.attn.bias.data[:] = bias
@@ -28,7 +28,7 @@ def states():
 @pytest.mark.parametrize("name", ROUTES)
 def test_without_a_bias_it_is_plain_attention(name):
     x, y = states()
-    plain = random_dit(history="causal", history_layers=2)(x, TIMESTEPS, y)
+    plain = random_dit(mask="causal", history_layers=2)(x, TIMESTEPS, y)
     assert plain.abs().mean() > 0.1
     torch.testing.assert_close(student(name, 0.0)(x, TIMESTEPS, y), plain)
     assert not student(name, 4.0)(x, TIMESTEPS, y).allclose(plain, rtol=1e-3)

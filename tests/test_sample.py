@@ -12,7 +12,7 @@ from test_pretrained import public_weights
 
 import data
 import sample
-from config import HISTORIES, ODE, DataConfig, Student, parse_size
+from config import MASKS, ODE, DataConfig, Student, parse_size
 from files import UserError, export
 from pretrained import load_network
 from sample import few_step, implied_x0, parse_labels, predict_all, student_times
@@ -30,9 +30,9 @@ def noises(count=3):
 @pytest.mark.parametrize("output", ["direction", "state"])
 @pytest.mark.parametrize("shortcut", [False, True])
 @pytest.mark.parametrize("layer_per_step", [False, True])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_few_step_is_the_papers_loop(history, layer_per_step, shortcut, output):
-    settings = dict(history=history, output_layer_per_step=layer_per_step, output=output)
+@pytest.mark.parametrize("mask", MASKS)
+def test_few_step_is_the_papers_loop(mask, layer_per_step, shortcut, output):
+    settings = dict(mask=mask, output_layer_per_step=layer_per_step, output=output)
     model, record = student_of(random_dit(), noise_shortcut=shortcut, **settings)
     if shortcut:
         torch.nn.init.normal_(model.noise_shortcut.weight, std=0.08)
@@ -49,9 +49,9 @@ def test_few_step_is_the_papers_loop(history, layer_per_step, shortcut, output):
     assert torch.equal(three, found[:, :4])
 
 
-@pytest.mark.parametrize("history", HISTORIES)
-def test_one_pass_over_a_students_own_states_predicts_the_same_states(history):
-    model, record = student_of(random_dit(), history=history)
+@pytest.mark.parametrize("mask", MASKS)
+def test_one_pass_over_a_students_own_states_predicts_the_same_states(mask):
+    model, record = student_of(random_dit(), mask=mask)
     x_T, y = noises()
     own = few_step(model, record.student, x_T, y)
     with torch.no_grad():
