@@ -173,7 +173,7 @@ class Training:
     ema_decay: float  # of the moving average of the weights, which is the result
     schedule: Literal["cosine", "constant"] = "cosine"  # after a linear warm-up; cosine: down to 0
     on_policy: float = 0.0  # the fraction of each batch that reads the student's own history
-    noisier: float = 0.0  # moves a teacher's training times towards noise (flow matching only)
+    logit_mean: float = 0.0  # of a teacher's training times: see FlowMatching.draw_times
     seed: int = 0
 
 
@@ -376,7 +376,7 @@ PRESETS = {
         size="XS/7",
         ode=dataclasses.replace(FLOW_24, guidance_scale=2.0),
         # Where objects stand and what they are is decided early, when there is most noise.
-        teacher=Training(iterations=20_000, batch=128, lr=2e-3, ema_decay=0.999, noisier=1.0),
+        teacher=Training(iterations=20_000, batch=128, lr=2e-3, ema_decay=0.999, logit_mean=1.0),
         trajectories=TrajectorySettings(count=8192, kept_steps=evenly(24, 12)),
         student=dataclasses.replace(COPY, history_layers=2),
         distillation=Training(iterations=1000, batch=32, lr=1e-3, ema_decay=0.99),

@@ -1,8 +1,8 @@
 """AutoRegressive Distillation: the student's loss and training (CVPR 2025, arXiv 2504.11295).
 
 The teacher's ODE leads from noise x_T to an image in many small steps. The student makes the same
-image in S large steps. *Step distillation* trains it on the teacher's states, to map each of them
-to the next,
+image in S large steps. *Step distillation* trains it to map each of the teacher's states to the
+next, from that state alone:
 
     x_{τ_s}  →  x_{τ_{s−1}},        s = S, …, 1
 
@@ -12,6 +12,9 @@ student also reads all states before the current one, its history:
 
     x̂_{τ_{s−1}} = G_θ( x_{τ_S}, …, x_{τ_s}, s, y )                                (paper, Sec. 3.2)
 
+(A hat marks what a network has made: x̂_τ is a state of the student, and x̂_0 without a τ is always
+the clean image that a teacher estimates in an Euler step.)
+
 The history begins with the noise x_T, which is never wrong. And x_T determines the whole
 trajectory, since the ODE is deterministic. So a student that has learned to read x_T can correct
 the errors that it has made since.
@@ -19,7 +22,7 @@ the errors that it has made since.
 A worked example: S = 4, where the teacher takes 24 Euler steps along the path of flow matching.
 
     state                      x_T    x_τ3   x_τ2   x_τ1   x_0     in the code
-    after Euler steps            0      6     12     18     24     Student.target_steps, without the zero
+    after Euler steps            0      6     12     18     24     Student.target_steps, but for x_T
     time t                       1    3/4    1/2    1/4      0     student_times
     timestep for the network  1000    750    500    250      –     Student.timesteps
     read in the loss           yes    yes    yes    yes     no     inputs, (b, 4, c, h, w)
@@ -29,9 +32,9 @@ One training pass reads the four states as one sequence, under the causal mask o
 computes all four next states at once. The states that it reads are the teacher's. As with language
 models, this is called *teacher forcing*.
 
-Three settings follow. The first, `targets`, says what the sequence holds. So it decides what the
-student reads, too, since inputs and targets are one sequence. Whether teacher forcing teaches a
-student to read x_T depends on it.
+Three settings remain to be explained. `targets` says what the training sequence consists of. Inputs
+and targets are one sequence, so this is both what the student reads and what it has to predict. It
+also decides whether teacher forcing teaches the student to read x_T.
 
     targets     "states": the states x_τ of the ODE, as in the figure of the paper. With these,
                 teacher forcing hardly teaches the student to read x_T: each state determines all
@@ -39,8 +42,8 @@ student to read x_T depends on it.
                 "x0": in the place of each state after x_T, the clean prediction x̂_0 of the Euler
                 step that led to it, as in the authors' code. The early ones look almost like the
                 mean image of the class. They no longer show which image x_T leads to, so that the
-                student has to read x_T. (We go on calling them "states". They keep the timesteps of
-                those that they replace.)
+                student has to read x_T. (We go on calling them "states". Unless a preset says
+                otherwise, they keep the timesteps of the states that they replace.)
     output      what the network puts out: see sample.next_state
     on_policy   for this fraction of each batch, the student reads states that it has made itself,
                 from the same x_T. The targets stay the teacher's, so that the student must learn
@@ -51,8 +54,9 @@ The default preset, `textures`, is there to show what a history is for. It combi
 that force a student to use its history: clean predictions (after 2, 8, 16 and 24 Euler steps), and
 reading its own states only (on_policy = 1). The student also has the noise shortcut of model.py,
 which is ours. The *control* is trained in the same way, with the same targets and the same
-on_policy, but has neither history nor shortcut. The preset `shapes` uses states and a direction
-with teacher forcing alone. This copies the teacher most exactly, and the history matters little.
+on_policy, but has neither history nor shortcut; the tables call it "step distillation". The preset
+`shapes` has targets "states", output "direction" and on_policy 0. This copies the teacher most
+exactly, and the history matters little.
 
 The student needs no guidance, so that each step is a single network evaluation: if the teacher was
 guided, its states already contain the guidance.
@@ -122,10 +126,10 @@ def ard_loss(model, student: Student, trajectory, y, on_policy: float = 0.0):
     S entries and its targets are the last S: the same sequence, one step ahead. For a fraction
     `on_policy` of the samples it reads states that it has made itself.
 
-    If the output is a direction v̂ of flow matching, the error of a step is (t_next − t)·(v̂ − v),
-    where v = (target − x) / (t_next − t) is the direction that would hit the target. So the loss
-    weights the error of a direction by (t_next − t)², which is the same for all steps if they are
-    equally long."""
+    If the output is a direction v̂ of flow matching, the error of a step is (t_next − t)·(v̂ − v*),
+    where v* = (target − x) / (t_next − t) is the direction that leads from x exactly to the target.
+    So the loss weights the error of a direction by (t_next − t)², which is the same for all steps
+    if they are equally long."""
     inputs, targets = trajectory[:, :-1], trajectory[:, 1:]                 # (b, S, c, h, w) each
     count = round(on_policy * len(trajectory))
     if count:
@@ -205,8 +209,8 @@ def student_config(teacher_record: TeacherRecord, settings: StudentSettings):
 
 def initial_weights(model: DiT, teacher: DiT) -> dict:
     """The teacher's weights under the student's names: each output layer is a copy of the
-    teacher's, and what the teacher does not have (the noise shortcut, extra layers) keeps its
-    initial weights, with which it adds nothing."""
+    teacher's, and what the teacher does not have (the noise shortcut; the layers of an ablation
+    with a deeper student) keeps its initial weights, with which it adds nothing."""
     weights = teacher.state_dict()
     for layer in model.output_layer_names[1:]:
         for name, value in teacher.final_layer.state_dict().items():
@@ -236,13 +240,10 @@ def distill(
         return ard_loss(network, record.student, trajectory, y, training.on_policy)
 
     config = record.model
-    reads = f"{config.mask} history in {config.history_layers} of {config.depth} layers"
-    if config.mask == "none" or config.history_layers == 0:
-        reads = "no history"
-    if config.noise_shortcut:
-        reads += " and the noise shortcut"
+    shortcut = " and the noise shortcut" if config.noise_shortcut else ""
     print(
-        f"distilling into {record.student.steps} steps with {reads}: {training.iterations:,} "
+        f"distilling into {record.student.steps} steps with history in {config.history_layers} of "
+        f"{config.depth} layers (mask: {config.mask}){shortcut}: {training.iterations:,} "
         f"iterations of {training.batch} on {runtime.device} in {runtime.precision}, into {file}"
     )
     return train("student", model, loss_of, batch_at, file, record, runtime)
@@ -299,11 +300,11 @@ def main():
         flags.teacher_file, flags.preset, out, runtime.device, flags.teacher_kind
     )
     teacher_record = use_prompts(teacher, teacher_record, flags.prompts)
-    # A preset may fix timesteps, as the authors' code does. They are for its own number of steps
-    # and its own noise path. For others, make_student derives them from the times of the states.
-    usual = PRESETS[flags.preset]
-    same_path = teacher_record.ode.noise_path == usual.ode.noise_path
-    if settings.steps != usual.student.steps or not same_path:
+    # A preset may set timesteps, as the authors' code does. They are right for its own number of
+    # steps and its own noise path. Otherwise, make_student derives them from the states' times.
+    unchanged = PRESETS[flags.preset]
+    same_path = teacher_record.ode.noise_path == unchanged.ode.noise_path
+    if settings.steps != unchanged.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
     config = student_config(teacher_record, settings)  # raises before the long work begins
     home = out if (out / "teacher.pt").exists() else runs
@@ -319,8 +320,8 @@ def main():
     if config.reads_history and not flags.no_control:
         students["no-history.pt"] = replace(settings, history_layers=0, noise_shortcut=False)
     trained, losses = {}, {}
-    for file, settings in students.items():
-        model, record = make_student(teacher, teacher_record, settings, trajectories, training)
+    for file, chosen in students.items():
+        model, record = make_student(teacher, teacher_record, chosen, trajectories, training)
         name = "ARD" if record.model.reads_history else "step distillation"
         ema, losses[name] = distill(model, record, trajectories, out / file, runtime)
         trained[name] = (ema, record)

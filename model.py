@@ -20,11 +20,13 @@ this class:
 In shapes, b is the batch, s the number of states, n the number of tokens of a state. (In the
 paper's formulas, s is a step, and counts down from S.)
 
-Every image is made for some y, the number of a class or, in a *text network* (`config.reads_text`),
-of a prompt. Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are new:
+Every image is made for some y, the index of a class or, in a *text network* (`config.reads_text`),
+the index of a prompt. Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are
+new:
 
-  1. Each state has a timestep of its own (the paper's "token-wise time embedding"). All states
-     share the weights and the positions, so the timestep is what tells their tokens apart.
+  1. Each state has its own *timestep*, a number that tells the network the time of that state (the
+     paper's "token-wise time embedding"). All states share the weights and the positions, so only
+     their timesteps tell their tokens apart.
   2. In the first N layers (`history_layers`), those nearest the input, a state also attends to
      earlier states. In the later layers it attends only to itself. With N = 0, or with the mask
      "none", the student sees its current state and nothing else: this is step distillation. (The
@@ -49,7 +51,7 @@ public code of DiT, which calls a transformer layer a "block". An example, in wh
 since the network is not trained):
 
     config = ModelConfig(image_size=16, channels=3, classes=10, **parse_size("T/4"),
-                         history="causal", history_layers=2)
+                         mask="causal", history_layers=2)
     x, y = torch.randn(8, 4, 3, 16, 16), torch.zeros(8, dtype=torch.long)
     DiT(config)(x, timesteps=torch.tensor([1000, 750, 500, 250]), y=y)       # (8, 4, 3, 16, 16)
 """
@@ -106,7 +108,7 @@ class KVCache:
     def __init__(self):
         self.states_read = 0  # counted by DiT.forward, when a pass is over
         self.past = {}  # number of a history layer -> the list that Attention calls `past`
-        self.noise_shortcut = None  # see DiT.add_noise_shortcut
+        self.shortcut = None  # what DiT.add_noise_shortcut adds to each state
         self.text = None  # see DiT.read_text
 
 
@@ -121,10 +123,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, mask: str, past: list | None):
-        """x: (b, s, n, width). past: None where nothing is cached; else a list, which is empty
-        before the first state, and then holds one tensor: the keys and values of all states that
-        were read before, (2, b, heads, tokens, d). It is replaced here by a tensor that includes
-        those of x. (All states are kept, whatever the mask.)"""
+        """x: (b, s, n, width). past: None without a cache. With one, it is a list through which
+        this layer keeps its keys and values from call to call: empty before the first state, then
+        one tensor, (2, b, heads, tokens, d), of all states that were read before. This method
+        replaces that tensor by one that also includes x. (All states are kept, whatever the
+        mask.)"""
         b, s, n, _ = x.shape
         split = dict(three=3, heads=self.heads)
         if mask == "none":
@@ -190,10 +193,10 @@ def modulate(x, shift, scale):
 
 
 class SharedAdaLN(nn.Module):
-    """The modulation of a layer in a text network (PixArt-α's adaLN-single): the vectors that all
-    layers share, plus vectors of the layer's own. DiT.forward computes what is shared: six vectors
-    for the transformer layers, and one for the output layer, which is both its shift and its
-    scale."""
+    """The modulation of a layer in a text network (PixArt-α's adaLN-single): shared vectors, plus
+    vectors of the layer's own. All transformer layers share six vectors, which are computed from
+    the condition c (DiT.shared_modulation). The output layer adds c itself to both its shift and
+    its scale."""
 
     def __init__(self, width: int, vectors: int):
         super().__init__()
@@ -201,7 +204,8 @@ class SharedAdaLN(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(vectors * width))
 
     def forward(self, shared):
-        """shared: (b, s, vectors·width), or (b, s, width). Returns (b, s, vectors·width)."""
+        """shared: (b, s, vectors·width), or (b, s, width) where one vector is added to all of the
+        layer's own. Returns (b, s, vectors·width)."""
         shared = rearrange(shared, "b s (k d) -> b s k d", d=self.width)
         own = rearrange(self.scale_shift_table, "(k d) -> k d", d=self.width)
         return rearrange(shared + own, "b s k d -> b s (k d)")
@@ -225,9 +229,9 @@ class Block(nn.Module):
             self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c, mask: str = "none", past: list | None = None, text=None):
-        """x: (b, s, n, width); c: the condition, (b, s, width), or in a text network what
-        SharedAdaLN needs of it, (b, s, 6·width); past: see Attention; text: this layer's part of
-        what DiT.read_text returns."""
+        """x: (b, s, n, width); c: the condition, (b, s, width), or in a text network six vectors
+        that are computed from it, (b, s, 6·width); past: see Attention; text: this layer's pair
+        from DiT.read_text."""
         modulation = self.adaLN_modulation(c)                               # once per state
         modulation = rearrange(modulation, "b s (six d) -> six b s 1 d", six=6)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -298,7 +302,7 @@ class DiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.compiled_blocks = None  # see compile_layers
-        # In a text network, y holds the numbers of prompts, and prompts[y] their words as vectors,
+        # In a text network, y holds the indices of prompts, and prompts[y] their words as vectors,
         # (b, l, text_width), made by an encoder that is not trained: see text.Prompts.
         self.prompts = None
         width, patch, reads_text = config.width, config.patch, config.reads_text
@@ -332,7 +336,7 @@ class DiT(nn.Module):
     @property
     def null_class(self) -> int:
         """The label that stands for no label, for classifier-free guidance. In a text network it is
-        −1, the number of the empty prompt, which is the last of the prompts."""
+        −1, the index of the empty prompt, which is the last of the prompts."""
         return -1 if self.config.reads_text else self.config.classes
 
     @property
@@ -342,9 +346,10 @@ class DiT(nn.Module):
         return ["final_layer"] + [f"final_layer{i}" for i in range(2, count + 1)]
 
     def initialise(self):
-        """As in DiT, linear layers start with Xavier's initialisation. Zero are all biases, the
-        adaLN modulation of every layer, the output, and what cross-attention and the noise shortcut
-        add. So each layer starts as the identity, and a fresh network outputs exactly zero."""
+        """As in DiT, linear layers start with Xavier's initialisation. These start at zero: all
+        biases, the adaLN modulations, the output layers, the last projection of cross-attention,
+        and the noise shortcut. So each layer starts as the identity, and a fresh network outputs
+        exactly zero."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -359,7 +364,7 @@ class DiT(nn.Module):
 
     def forward(self, x, timesteps, y, cache: KVCache | None = None):
         """x: states, (b, s, c, h, w); timesteps: one for each state, (s,) or (b, s), on the scale
-        that the network was trained with; y: labels, or numbers of prompts, (b,). Returns an output
+        that the network was trained with; y: labels, or indices of prompts, (b,). Returns an output
         for each state, (b, s, c, h, w).
 
         With a `cache`, x holds only the states that have not been read yet."""
@@ -388,11 +393,11 @@ class DiT(nn.Module):
         places in every later state. The attention of a small network takes long to learn to look
         there (docs/results.md)."""
         if cache is not None and cache.states_read > 0:
-            return tokens + cache.noise_shortcut
-        noise = self.noise_shortcut(tokens[:, :1])                          # (b, 1, n, width)
+            return tokens + cache.shortcut
+        shortcut = self.noise_shortcut(tokens[:, :1])                       # (b, 1, n, width)
         if cache is not None:
-            cache.noise_shortcut = noise
-        return torch.cat([tokens[:, :1], tokens[:, 1:] + noise], dim=1)
+            cache.shortcut = shortcut
+        return torch.cat([tokens[:, :1], tokens[:, 1:] + shortcut], dim=1)
 
     def condition(self, timesteps, y):
         """The condition c of each state, (b, s, width): the embedding of its timestep plus that of
@@ -405,8 +410,9 @@ class DiT(nn.Module):
         return timestep + rearrange(label, "b d -> b 1 d")
 
     def read_text(self, y, cache: KVCache | None) -> list:
-        """The prompts with the numbers y, (b,), as the cross-attention of each layer reads them, a
-        list: keys and values, and which tokens are words. (Padding is all zeros.)"""
+        """Encode the prompts with the indices y, (b,). Returns a list of one pair for each layer:
+        the keys and values for its cross-attention, and is_word, (b, l), which is False at padding.
+        (The vectors of padding are all zeros.)"""
         if cache is not None and cache.text is not None:
             return cache.text
         vectors = self.prompts[y]                                           # (b, l, text_width)
@@ -418,8 +424,8 @@ class DiT(nn.Module):
         return text
 
     def run_layer(self, i: int, tokens, c, cache: KVCache | None = None, text=None):
-        """Layer i, with the arguments of Block.forward. Earlier states are visible in the first
-        `history_layers` layers."""
+        """Run layer i on the tokens (b, s, n, width), with its mask, its part of the cache, and its
+        pair from read_text. c: as in Block.forward."""
         mask = self.config.mask if i < self.config.history_layers else "none"
         past = None
         if cache is not None and mask != "none":

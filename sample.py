@@ -6,7 +6,8 @@ only the last one (paper, Sec. 3.2):
 
     x̂_{τ_{s−1}} = G_θ( x_T, x̂_{τ_{S−1}}, …, x̂_{τ_s}, s, y ),        s = S, …, 1
 
-where y is the label. The network is not given the number s, but the timestep of each state.
+where y is the label. The network is not given the number s, but the timestep of each state. (In
+the shapes below, s is a number of states.)
 
 The keys and values of earlier states are cached, so that each step costs one pass over one state.
 The student needs no guidance: where its teacher was guided, the states that it has learned to make
@@ -71,23 +72,23 @@ def student_times(student: Student) -> torch.Tensor:
 
 @lru_cache
 def times_on(device: torch.device, student: Student):
-    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Cached:
-    training.RecordedPass allows no copies to a GPU.)"""
+    """student_times and the timesteps for the network, (S + 1,) and (S,), on a device. (Cached: in
+    training, a CUDA graph is recorded, which may not contain copies from the CPU.)"""
     return student_times(student).to(device), torch.tensor(student.timesteps, device=device)
 
 
 def next_state(student: Student, output, x, t, t_next):
     """The state that follows from the network's output at (x, t).
 
-    output = "state"      The output is the next state, as in the paper.
-                          The student starts from weights that predict something else (v, say), and
-                          has to unlearn it first.
-    output = "direction"  The output is what a teacher would predict (v, say), and the next state is
-                          the Euler step from t to t_next with it (ours). So an untrained student
-                          without history equals its teacher without guidance, in S Euler steps
-                          between the same times. It needs targets = "states": an Euler step at time
-                          t starts from a state with the noise of time t, and a clean prediction has
-                          none.
+    student.output
+        "state"         The output is the next state, as in the paper. The student starts from
+                        weights that predict something else, and has to unlearn it first.
+        "direction"     The output is what a teacher would predict, v or ε, and the next state is
+                        the Euler step from t to t_next with it (ours). So an untrained student
+                        without history equals its teacher without guidance, in S Euler steps
+                        between the same times. It needs student.targets = "states" (see
+                        distill.py): an Euler step at time t starts from a state with the noise of
+                        time t, and a clean prediction contains no noise.
     """
     if student.output == "state":
         return output
@@ -110,8 +111,8 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 def predict_all(model, student: Student, states, y):
     """The student's next state for each of the s ≤ S states that it reads, (b, s, c, h, w), x_T
-    first: all in one pass. This is how it is trained. Of the S + 1 states that `few_step` makes, it
-    computes the last S when it is given the first S, up to rounding."""
+    first: all in one pass. This is how it is trained. Given the first S states that `few_step`
+    returns, it returns the last S, up to rounding."""
     s = states.shape[1]
     times, timesteps = times_on(states.device, student)                     # (S + 1,), (S,)
     output = model(states, timesteps[:s], y).float()                        # (b, s, c, h, w)
@@ -209,7 +210,7 @@ class Sampler:
         )
         self.seed = data.SAMPLING_SEED + flags.seed
         self.record = use_prompts(self.model, self.record, flags.prompts)
-        if flags.prompts:  # they have no names: their numbers stand in for these
+        if flags.prompts:  # encoded prompts have no names: their indices are used as names
             numbers = range(self.record.model.classes)
             self.record = replace(self.record, classes=tuple(map(str, numbers)))
             flags.labels = flags.labels or self.record.classes  # without --labels: all, in turn
@@ -291,8 +292,11 @@ def sample_all(sampler: Sampler, flags, sheet: list):
     for start in progress:
         first = start + rank() * flags.batch
         mine = range(first, min(first + flags.batch, flags.count))  # of this process; maybe none
-        made = [(mine, *sampler.images(mine))] if mine else []
-        for indices, images, names in gather(made):
+        made = []
+        if len(mine) > 0:
+            images, names = sampler.images(mine)
+            made.append((mine, images, names))
+        for indices, images, names in gather(made):  # of all processes, on rank 0
             sheet.extend(images[: SHEET - len(sheet)])
             if flags.png:
                 write_png_files(flags.out / "images", indices, images, names)

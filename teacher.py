@@ -20,8 +20,8 @@ with z = x/α and r = σ/α the ODE is dz/dr = ε̂, and the step is literally E
 flow matching the step equals x + (t_next − t)·v with the velocity v = ε̂ − x̂_0. For DDPM it *is*
 the DDIM step.
 
-Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number by
-which the network is told this time. For flow matching, t runs from 1 to 0 and the timestep is
+Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number that
+stands for t in the network's input. For flow matching, t runs from 1 to 0 and the timestep is
 1000·t, since the sinusoids that embed it are made for the range 0 … 1000.
 
     python teacher.py --preset points              trains a teacher, into runs/points/teacher.pt
@@ -73,11 +73,11 @@ class FlowMatching:
         next."""
         return torch.linspace(self.t_noise, self.t_image, euler_steps + 1)
 
-    def draw_times(self, count: int, rng: np.random.Generator, noisier: float) -> torch.Tensor:
+    def draw_times(self, count: int, rng: np.random.Generator, logit_mean: float) -> torch.Tensor:
         """Training times, logit-normal: most of them in the middle, where the task is hardest
-        (Stable Diffusion 3, arXiv 2403.03206). `noisier` is the mean of the logits."""
+        (Stable Diffusion 3, arXiv 2403.03206). A mean above 0 moves them towards noise."""
         normal = torch.from_numpy(rng.standard_normal(count, dtype=np.float32))
-        return torch.sigmoid(normal + noisier)
+        return torch.sigmoid(normal + logit_mean)
 
 
 class DDPM:
@@ -90,8 +90,8 @@ class DDPM:
     @staticmethod
     @lru_cache
     def tables(device: torch.device):
-        """α and σ at t = −1, 0, …, 999. (Cached for each device: training.RecordedPass allows no
-        copies to a GPU.)"""
+        """α and σ at t = −1, 0, …, 999. (Cached for each device: in training, a CUDA graph is
+        recorded, which may not contain copies from the CPU.)"""
         beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         of_image = torch.ones(1, dtype=torch.float64)
         alpha_bar = torch.cat([of_image, torch.cumprod(1 - beta, dim=0)])
@@ -111,13 +111,13 @@ class DDPM:
         return t
 
     def times(self, euler_steps: int) -> torch.Tensor:
-        """The times of the public code: evenly spaced integers from 999 to 0, of which halves are
-        rounded to the even neighbour; then −1."""
+        """The times of the public code: evenly spaced numbers from 999 to 0, rounded to integers
+        (halves to even ones), then −1."""
         integers = torch.linspace(self.t_noise, 0, euler_steps, dtype=torch.float64).round()
         return torch.cat([integers, torch.tensor([self.t_image])]).float()
 
-    def draw_times(self, count: int, rng: np.random.Generator, noisier: float) -> torch.Tensor:
-        """Training times, uniform. (`noisier` is for flow matching.)"""
+    def draw_times(self, count: int, rng: np.random.Generator, logit_mean: float) -> torch.Tensor:
+        """Training times, uniform. (`logit_mean` is for flow matching.)"""
         return torch.from_numpy(rng.integers(0, 1000, count).astype(np.float32))
 
 
@@ -286,7 +286,7 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
         rng = data.stream(training.seed, iteration)
         images, y = dataset.draw(training.batch, rng)
         noise = torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
-        t = NOISE_PATHS[ode.noise_path].draw_times(len(y), rng, training.noisier)
+        t = NOISE_PATHS[ode.noise_path].draw_times(len(y), rng, training.logit_mean)
         without_label = torch.from_numpy(rng.random(len(y)) < LABEL_DROPOUT)
         y = torch.where(without_label, model.null_class, y)
         return images, y, t, noise
@@ -307,14 +307,15 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
 
 
 def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime):
-    """Write a sheet of 80 of the teacher's images. They are of up to ten classes in turn; where
-    there are more than 80 classes, of 80 evenly spaced ones. Nothing is written for latents and
-    points, which are not pictures."""
+    """Write a sheet of 80 of the teacher's images. They show ten classes in turn (fewer if there
+    are fewer); of more than 80 classes, they show 80. Nothing is written for latents and points,
+    which are not pictures."""
     if record.model.channels not in (1, 3):
         return
     count, classes = 80, record.model.classes
     shown = min(classes, 10) if classes <= count else count
-    y = torch.arange(count) % shown * (classes // shown)
+    spacing = classes // shown
+    y = spacing * (torch.arange(count) % shown)
     x_T, _ = data.noise_and_labels(record, record.training.seed, range(count))
     with runtime.autocast():
         x_T, y = x_T.to(runtime.device), y.to(runtime.device)

@@ -12,6 +12,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def no_loss_curves(monkeypatch):
+    """No training draws its curve of losses: that takes longer than to train a tiny network."""
+    import training
+
+    monkeypatch.setattr(training, "draw_losses", lambda losses, file: None)
+
+
 @pytest.fixture(scope="module")
 def few_shapes():
     """A data set of 300 shapes in place of 50,000, which take seconds to draw."""

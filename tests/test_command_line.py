@@ -110,7 +110,7 @@ def test_the_flags_of_a_training_are_fields_of_it():
     assert chosen == Training(iterations=7, batch=3, lr=0.5, ema_decay=0.25, seed=9)
     assert override(chosen, parser.parse_args([])) == chosen  # no flag has a default of its own
     names = {field.name for field in dataclasses.fields(Training)}
-    assert names - vars(parser.parse_args([])).keys() == {"schedule", "on_policy", "noisier"}
+    assert names - vars(parser.parse_args([])).keys() == {"schedule", "on_policy", "logit_mean"}
 
 
 def test_help_is_the_docstring(capsys):

@@ -1,11 +1,13 @@
-"""What a newcomer does: distil from the shipped teacher and sample; train a teacher, distil,
-evaluate. Each program is a process of its own, in an empty folder. Trainings and reports are cut
-very short; the shipped student shows what a full training gives."""
+"""What newcomers do: one distils from the shipped teacher and samples; another trains a teacher,
+distils and evaluates. Each program is a process of its own, in an empty folder, with one thread, and
+the two work at the same time. Trainings and reports are cut very short; the shipped student shows
+what a full training gives."""
 
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,11 @@ ROOT = Path(data.__file__).resolve().parent
 SMALL_REPORT = """
 import runpy, sys
 from dataclasses import replace
+import shards
+shards.SHARD = 64
 import evaluate
 evaluate.REPORT_IMAGES = 80
+evaluate.EXPOSURE_SAMPLES = 16
 evaluate.PATHS = 10
 evaluate.CLASSIFIER_TRAINING = replace(evaluate.CLASSIFIER_TRAINING, iterations=20)
 sys.argv = sys.argv[1:]
@@ -29,24 +34,50 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(folder, script, *words):
-    command = [sys.executable, "-c", SMALL_REPORT, ROOT / script, *words, "--device", "cpu"]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        text=True,
-        capture_output=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(folder: Path, commands: tuple[str, ...]) -> list[str]:
+    """What each of these commands prints. They run one after the other."""
+    printed = []
+    for command in commands:
+        script, *words = command.split()
+        done = subprocess.run(
+            [sys.executable, "-c", SMALL_REPORT, ROOT / script, *words, "--device", "cpu"],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            text=True,
+            capture_output=True,
+            timeout=170,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    return printed
 
 
-def test_distil_and_sample(tmp_path):
-    said = run(tmp_path, "distill.py", "--count", 256, "--iterations", 4, "--batch", 8)
-    assert "writing 1 of 1 shards of 256" in said
-    out = tmp_path / "runs/textures"
+@pytest.fixture(scope="module")
+def newcomers(tmp_path_factory):
+    """{name: (its folder, what its commands printed)}."""
+    points = "--preset points --iterations 4 --batch 64"  # in the plane: seconds
+    commands = {
+        "distils": (
+            "distill.py --count 64 --iterations 4 --batch 8",
+            "sample.py runs/textures/student.pt --count 4",
+        ),
+        "trains a teacher": (
+            f"teacher.py {points}",
+            f"distill.py {points} --count 64",
+            "evaluate.py runs/points --count 100",
+        ),
+    }
+    folders = [tmp_path_factory.mktemp("newcomer") for _ in commands]
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(run, *job) for job in zip(folders, commands.values(), strict=True)]
+    printed = [job.result() for job in jobs]
+    return dict(zip(commands, zip(folders, printed, strict=True), strict=True))
+
+
+def test_distil_and_sample(newcomers):
+    folder, [said, _] = newcomers["distils"]
+    assert "writing 1 of 1 shards of 64" in said
+    out = folder / "runs/textures"
     rows = json.loads((out / "result.json").read_text())["rows"]
     for label, row in rows.items():
         assert label in said and row["error"] >= 0
@@ -54,24 +85,16 @@ def test_distil_and_sample(tmp_path):
     calls = {row["calls"] for row in rows.values() if "calls" in row}
     assert calls == {24, 4}  # no guidance in this preset
     assert {"student.pt", "no-history.pt", "samples.png"} <= {f.name for f in out.iterdir()}
-
-    run(tmp_path, "sample.py", out / "student.pt", "--count", 4)
-    assert (tmp_path / "runs/samples/grid.png").exists()
+    assert (folder / "runs/samples/grid.png").exists()
 
 
-def test_train_a_teacher_distil_and_evaluate(tmp_path):
-    """In the plane, where it takes seconds."""
-    short = ("--preset", "points", "--iterations", 4, "--batch", 64)
-    run(tmp_path, "teacher.py", *short)
-    run(tmp_path, "distill.py", *short, "--count", 256)
-    student = (tmp_path / "runs/points/student.pt").read_bytes()
-    said = run(tmp_path, "evaluate.py", "runs/points", "--count", 100)
-    result = json.loads((tmp_path / "runs/evaluation/evaluation.json").read_text())
+def test_train_a_teacher_distil_and_evaluate(newcomers):
+    folder, [_, _, said] = newcomers["trains a teacher"]
+    result = json.loads((folder / "runs/evaluation/evaluation.json").read_text())
     for row in result["rows"]:
         assert row in said
-    written = {path.name for path in (tmp_path / "runs/evaluation").iterdir()}
+    written = {path.name for path in (folder / "runs/evaluation").iterdir()}
     assert {"exposure.png", "samples.png"} <= written
-    assert (tmp_path / "runs/points/student.pt").read_bytes() == student
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in ASSETS.glob("*-student.pt")))

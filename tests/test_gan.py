@@ -5,7 +5,6 @@ program."""
 import copy
 import os
 import signal
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
@@ -435,33 +434,6 @@ def test_a_discriminator_that_has_won_ends_the_training(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="λ is at its bound"):
         run(tmp_path / "student.pt")
     assert not list(tmp_path.iterdir())
-
-
-# ---- Several processes ---------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from command_line import run_program
-from test_gan import run
-run_program(lambda: run(Path(sys.argv[1]), batch=16))
-"""
-
-
-def test_two_processes_train_as_one(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *torchrun, "script.py", "two.pt"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=170
-    )
-    assert done.returncode == 0, done.stderr
-    one, [expected] = run(tmp_path / "one.pt", batch=16)
-    two = read(tmp_path / "two.pt")
-    assert expected[3] > 0 and two["losses"][0] == pytest.approx(expected, rel=1e-4)
-    torch.testing.assert_close(two["ema"], one.state_dict(), rtol=1e-3, atol=1e-5)
 
 
 # ---- The program ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ network here has random weights, and `run` insists on an output that is not smal
 """
 
 import math
+import textwrap
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import model as model_module
 from config import MASKS, ModelConfig, parse_size
 from model import DiT, KVCache, history_mask, sincos_positions
 
@@ -158,6 +160,15 @@ def test_the_slices_compute_what_the_mask_says_outputs_and_gradients(mask, layer
     for gradient, reference in zip(ours, dense, strict=True):
         assert reference.abs().max() > 1e-4
         torch.testing.assert_close(gradient, reference, rtol=1e-8, atol=1e-10)
+
+
+def test_the_example_of_the_docstring():
+    _, _, example = model_module.__doc__.partition("    config = ")
+    *setup, last = ("config = " + textwrap.dedent(example)).strip().splitlines()
+    names = vars(model_module) | dict(parse_size=parse_size)
+    exec("\n".join(setup), names)
+    out = eval(last.partition("#")[0], names)
+    assert out.shape == eval(last.partition("#")[2]) and not out.any()  # it is not trained
 
 
 # ---- which state reads which ---------------------------------------------------------------------

@@ -73,18 +73,23 @@ def in_this_process(monkeypatch, script, *words):
     runpy.run_path(str(script), run_name="__main__")
 
 
-def in_two_processes(folder, script, *words, fails=False):
+def start_two_processes(folder, script, *words) -> subprocess.Popen:
     start = "-m torch.distributed.run --standalone --nproc-per-node=2".split()
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, *start, script, *map(str, words)],
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=170,
     )
-    assert (done.returncode != 0) == fails, done.stderr
-    return done.stdout
+
+
+def end(process: subprocess.Popen, fails=False) -> str:
+    """Wait for a process. Returns what it printed."""
+    printed, errors = process.communicate(timeout=170)
+    assert (process.returncode != 0) == fails, errors
+    return printed
 
 
 def read(file):
@@ -97,10 +102,11 @@ def test_one_process_continues_what_two_began(tmp_path, monkeypatch):
     monkeypatch.setattr(training.SaveClock, "due", training.SaveClock.due)
     script, cut, whole = (tmp_path / name for name in ("toy.py", "cut.pt", "whole.pt"))
     script.write_text(TOY)
-    in_two_processes(tmp_path, script, cut, 7, fails=True)
+    two = start_two_processes(tmp_path, script, cut, 7)
+    in_this_process(monkeypatch, script, whole, -1)
+    end(two, fails=True)
     assert read(cut)["iteration"] == 7
     in_this_process(monkeypatch, script, cut, -1)
-    in_this_process(monkeypatch, script, whole, -1)
     found, expected = read(cut), read(whole)
     assert [iteration for iteration, _ in expected["losses"]] == [5, 10, 12]
     assert expected["losses"][-1][1] < expected["losses"][0][1]
@@ -111,15 +117,16 @@ def test_one_process_continues_what_two_began(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same commands by one process and by two: folders one/ and two/ with a student, its
-    trajectories, a second stage, and samples."""
+    """The same commands by one process and, at the same time, by two: folders one/ and two/ with a
+    student, its trajectories, a second stage, and samples."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder / "images", each=10)
     write_teacher(folder / "teacher.pt", source=folder / "images")
     script = folder / "programs.py"
     script.write_text(PROGRAMS)
-    cpu, student = ("--device", "cpu", "--no-bf16"), "one/student.pt"
-    for out in ("one", "two"):
+    cpu, processes = ("--device", "cpu", "--no-bf16"), None
+    for out in ("two", "one"):
+        student = f"{out}/student.pt"
         train = ("--preset", "shapes", "--iterations", 6, "--batch", 16, "--teacher", "teacher.pt")
         train += ("--trajectories", f"{out}/trajectories", *cpu)
         distil = ("--count", 512, "--on-policy", 1, "--no-control", "--out", out)
@@ -131,9 +138,8 @@ def runs(tmp_path_factory):
             ("sample.py", *sampling, *cpu),
         ]
         if out == "two":
-            said = in_two_processes(folder, script, json.dumps(commands))
-            assert said.count("distilling into 4 steps") == 1  # one of them speaks
-            return folder
+            processes = start_two_processes(folder, script, json.dumps(commands))
+            continue
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             for program in (distill, gan):
@@ -141,6 +147,8 @@ def runs(tmp_path_factory):
             for words, program in zip(commands, (distill, gan, sample), strict=True):
                 patch.setattr(sys, "argv", list(map(str, words)))
                 program.main()
+    assert end(processes).count("distilling into 4 steps") == 1  # one of them speaks
+    return folder
 
 
 def test_two_processes_write_the_trajectories_that_one_writes(runs):
@@ -154,8 +162,10 @@ def test_two_processes_write_the_trajectories_that_one_writes(runs):
 
 
 @pytest.mark.parametrize("file, values", [("student.pt", 1), ("gan/student.pt", 5)])
-def test_two_processes_have_the_losses_of_one(runs, file, values):
-    [one], [two] = (read(runs / out / file)["losses"] for out in ("one", "two"))
+def test_two_processes_train_as_one(runs, file, values):
+    a, b = (read(runs / out / file) for out in ("one", "two"))
+    torch.testing.assert_close(a["ema"], b["ema"], rtol=1e-3, atol=1e-5)
+    [one], [two] = a["losses"], b["losses"]
     assert one[0] == 6 and len(one) == 1 + values
     assert two == pytest.approx(one, rel=1e-3)
     if values == 5:

@@ -21,6 +21,7 @@ from torch import nn
 import teacher
 import training
 from config import Training
+from figures import draw_losses
 from files import UserError, export, load_checkpoint
 from machine import Runtime
 from test_files import RECORD
@@ -423,7 +424,8 @@ def test_a_gradient_that_is_infinite_at_any_scale_ends_the_training(tmp_path):
 # ---- the curve -----------------------------------------------------------------------------------
 
 
-def test_a_curve_of_the_losses_is_drawn_in_the_end(tmp_path):
+def test_a_curve_of_the_losses_is_drawn_in_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "draw_losses", draw_losses)  # see conftest.py
     toy_train(tmp_path / "out.pt")
     assert Image.open(tmp_path / "out-loss.png").width > 500
     record = replace(RECORD, training=replace(RECORD.training, iterations=1))
