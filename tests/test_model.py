@@ -163,8 +163,8 @@ def test_the_slices_compute_what_the_mask_says_outputs_and_gradients(mask, layer
 
 
 def test_the_example_of_the_docstring():
-    _, _, example = model_module.__doc__.partition("    config = ")
-    *setup, last = ("config = " + textwrap.dedent(example)).strip().splitlines()
+    _, _, example = model_module.__doc__.partition("is not trained):\n")
+    *setup, last = textwrap.dedent(example).strip().splitlines()
     names = vars(model_module) | dict(parse_size=parse_size)
     exec("\n".join(setup), names)
     out = eval(last.partition("#")[0], names)
