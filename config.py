@@ -92,7 +92,7 @@ class ModelConfig:
 
     @property
     def reads_history(self) -> bool:
-        """Whether a state's output depends on earlier states at all."""
+        """Whether a state's output depends on earlier states, where there are any."""
         looks_back = self.mask != "none" and self.history_layers > 0
         return looks_back or self.noise_shortcut
 
@@ -250,6 +250,11 @@ class StudentRecord:
     training: Training
     gan: GAN | None = None  # the second stage, if it had one, and
     gan_training: Training | None = None  # how that was trained
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether the student reads earlier states: in a single step there are none."""
+        return self.model.reads_history and self.student.steps > 1
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,17 @@ A data set is a `Dataset`. An image is (c, h, w), in [-1, 1]; a label is a whole
     textures    three kinds of textures in random colours. The default; nothing to download
     shapes      ten kinds of shapes in random colours
     points      a spiral in the plane, as 1×1 images of two channels: trajectories can be drawn
+    scenes      small pictures with captions, which are the classes (scenes.py)
     DIR         your own images, DIR/<class>/*.png (or jpg, jpeg, webp, bmp). Without class folders,
                 DIR/*.png are images of one class
     DIR         latents of images, which latents.py has made
 
 `load` returns the set that a DataConfig names, either to train on or to test on. About one image in
 ten of a folder is held out for testing. Which ones depends only on their file names, so that images
-can be added later. The first three are drawn by this file, those for testing with another seed.
+can be added later. The other sets are drawn by programs, with another seed for testing.
 
-All random numbers come from `stream(seed, i)`. So the noise of sample i or the batch of iteration i
-does not depend on what was drawn before.
+Noises, batches and the sets that are drawn here take their random numbers from `stream(seed, i)`.
+So the noise of sample i or the batch of iteration i does not depend on what was drawn before.
 """
 
 import hashlib
@@ -83,12 +84,13 @@ def noise_and_labels(record: TeacherRecord | StudentRecord, seed: int, indices):
 class Dataset:
     """Images and their labels.
 
-    images           (N, c, h, w), an array or what is indexed like one: uint8 pixels, or numbers
-                     that are used as they are
+    images           (N, c, h, w), a NumPy array or an object that is indexed like one. uint8
+                     values are pixels; other numbers are used unchanged
     labels           (N,), int64
     classes          their names
     flip             whether `draw` mirrors images at random
     class_weights    the fraction of images in each class; () where all are equally frequent
+    prompts          where classes are captions: text.Prompts
     """
 
     def __init__(
@@ -98,13 +100,14 @@ class Dataset:
         classes,
         flip: bool = False,
         class_weights: tuple[float, ...] = (),
+        prompts=None,
     ):
         self.images = images
         self.labels = labels
         self.classes = tuple(classes)
         self.flip = flip
         self.class_weights = class_weights
-        self.prompts = None  # where classes are captions: text.Prompts
+        self.prompts = prompts
         self.shape = tuple(images.shape[1:])
 
     def __len__(self):
@@ -148,27 +151,28 @@ class Dataset:
 
 GRAINS = (0, 60, 120)  # degrees; the classes: the direction in which the stripes run
 WAVES = 12  # in a texture
-PERIODS = 2.0  # of a wave across the picture: mean
-PERIODS_SPREAD = 0.44  # and standard deviation
-ANGLE_SPREAD = 0.28  # standard deviation of a wave's direction, radians
+PERIODS = 2.0  # mean number of a wave's periods across the picture
+PERIODS_SPREAD = 0.44  # and its standard deviation
+ANGLE_SPREAD = 0.28  # standard deviation of the direction of a wave's stripes, radians
 CONTRAST = 2.2  # larger: stripes with sharper edges
 # Hue, saturation and value of the dark tone and of the light tone are drawn between these limits.
-# The hue of the light tone is counted from that of the dark one.
+# The hue of the light tone is relative to that of the dark one.
 TONES_FROM = ((0.0, 0.55, 0.12), (0.06, 0.25, 0.85))
 TONES_TO = ((1.0, 0.95, 0.37), (0.20, 0.75, 1.0))
 CHUNK = 500  # textures that are drawn together
 
 
 def hsv_to_rgb(hsv):
-    """Colours (…, 3): from hue, saturation and value to red, green and blue, all in [0, 1]."""
+    """Colours (…, 3): from hue, saturation and value to red, green and blue, all in [0, 1]:
+    V − V·S·max(0, min(k, 4 − k, 1)), where k = (n + 6·H) mod 6 and n is 5, 3 and 1."""
     hue, saturation, value = np.split(hsv, 3, axis=-1)
-    position = (6 * hue + (5, 3, 1)) % 6
-    lack = np.minimum(position, 4 - position).clip(0, 1)
-    return value * (1 - saturation * lack)
+    k = (6 * hue + (5, 3, 1)) % 6
+    return value - value * saturation * np.minimum(k, 4 - k).clip(0, 1)
 
 
 def to_pixels(pictures):
-    """Numbers in [0, 1] to uint8."""
+    """Numbers in [0, 1], as those that are drawn here, to uint8. (For images in [-1, 1]:
+    to_uint8.)"""
     return np.round(255 * pictures).astype(np.uint8)
 
 
@@ -176,8 +180,8 @@ def draw_textures(rng: Generator, size: int):
     """CHUNK textures (b, 3, size, size), uint8, and their labels (b,).
 
     A texture is band-limited Gaussian noise with a grain: a sum of random plane waves, whose
-    directions and frequencies lie around those of its class. It is coloured in a dark and a light
-    tone of similar hue."""
+    stripes run about in the direction of its class. It is coloured in a dark and a light tone of
+    similar hue."""
     labels = rng.integers(len(GRAINS), size=CHUNK)
     grain = np.radians(GRAINS)[labels]
     shape = (WAVES, CHUNK)
@@ -257,9 +261,8 @@ def captioned_scenes(count: int, seed: int = 0) -> Dataset:
     images, labels = draw_scenes(count, seed)
     captions = caption_list()
     weights = tuple(caption_weights(captions).tolist())
-    dataset = Dataset(images, labels, list(map(str, captions)), class_weights=weights)
-    dataset.prompts = scene_prompts()
-    return dataset
+    classes = [str(caption) for caption in captions]
+    return Dataset(images, labels, classes, class_weights=weights, prompts=scene_prompts())
 
 
 # ---- 6. Points -----------------------------------------------------------------------------------
@@ -424,7 +427,8 @@ def note_unread(root: Path):
 
 
 def fit_to_images(preset: Preset, flags) -> Preset:
-    """The preset of a training on a folder of images. What no flag says follows from the images:
+    """The preset of a training on a folder of images. Settings that no flag gives are chosen to fit
+    the images:
 
     image_size        the preset's, or less where an image is smaller: whole patches
     channels          1 where all images are grey, else 3
@@ -433,8 +437,8 @@ def fit_to_images(preset: Preset, flags) -> Preset:
 
     Other presets are returned as they are. Prints what was chosen. `flags`: of teacher.py."""
     source, size = preset.data.source, preset.data.image_size
-    is_drawn = source is None or source in DRAWN
-    if is_drawn or preset.data.channels not in (1, 3) or "vae" in (read_meta(source) or {}):
+    is_folder = source is not None and source not in DRAWN
+    if not is_folder or preset.data.channels not in (1, 3) or "vae" in (read_meta(source) or {}):
         return preset
     classes, files = list_images(Path(source))
     note_unread(Path(source))
@@ -445,7 +449,7 @@ def fit_to_images(preset: Preset, flags) -> Preset:
         patch = parse_size(preset.size)["patch"]
         size = max(side // patch, 1) * patch
     channels = flags.channels or (1 if is_grey else 3)
-    data = DataConfig(source, size, channels, flip=bool(flags.flip))
+    data = replace(preset.data, image_size=size, channels=channels)
     ode = preset.ode
     if len(classes) == 1 and flags.guidance_scale is None:
         ode = replace(ode, guidance_scale=1.0)
@@ -468,7 +472,7 @@ def choose_split(config: DataConfig, split: str, classes, labels, test):
     each class (see Dataset). labels and test: (N,), of all images. Prints what was chosen.
 
     Raises UserError where a class has no image to train on, and where there is none to test on."""
-    chosen = {"train": ~test, "test": test, "all": test | True}[split]
+    chosen = {"train": ~test, "test": test, "all": np.ones_like(test)}[split]
     counts = np.bincount(labels[chosen], minlength=len(classes))
     total = counts.sum()
     if split == "train" and counts.min() == 0:

@@ -317,12 +317,12 @@ def main():
         runtime,
     )
     students = {"student.pt": settings}
-    if config.reads_history and not flags.no_control:
+    if config.reads_history and settings.steps > 1 and not flags.no_control:
         students["no-history.pt"] = replace(settings, history_layers=0, noise_shortcut=False)
     trained, losses = {}, {}
     for file, chosen in students.items():
         model, record = make_student(teacher, teacher_record, chosen, trajectories, training)
-        name = "ARD" if record.model.reads_history else "step distillation"
+        name = "ARD" if record.reads_history else "step distillation"
         ema, losses[name] = distill(model, record, trajectories, out / file, runtime)
         trained[name] = (ema, record)
     if rank() > 0:

@@ -1,6 +1,7 @@
 """Evaluation: how good few steps are, where their errors come from, and what they cost.
 
-All methods start from the same held-out noises, which no network was trained on. Of each one:
+All methods start from the same held-out noises, which no network was trained on. For each method
+there are:
 
     calls       network evaluations for an image. Guidance takes two for each Euler step
     error       mean squared error to the image that the teacher makes of the same noise
@@ -12,16 +13,17 @@ All methods start from the same held-out noises, which no network was trained on
     precision   the fraction of images that lie among the real ones; recall: the reverse
     accuracy    how often the classifier finds the class that was asked for
 
-Scenes are also read back and compared with their captions (scenes.py), which gives the fraction of
-images in which all of the caption is right: for each category of captions, for all of them, for
-captions that name a held-out pair, and, as a control, for the caption of another image.
+The images of `scenes` are also read back and compared with their captions (scenes.py). That gives
+the fraction of images in which all of the caption is right: for each category of captions; for all
+captions; for captions with a pair of colour and shape that no training caption has ("held out");
+and, as a control, for the caption of another image.
 
 The paper sums up its Table 1 in one ratio: the degradation of step distillation is 5.1 times that
 of ARD. The same ratio is printed here, or a bound where ARD's degradation is within chance.
 
 Each student that reads its history is also sampled with *another sample's* history. If the student
-makes use of its history, it gets worse. Exposure bias is the difference between two errors at each
-step: one when the student reads its own states, as in sampling, and one when it reads the
+makes use of its history, its images get worse. Exposure bias is the difference between two errors
+at each step: one when the student reads its own states, as in sampling, and one when it reads the
 teacher's, as in training.
 
     python evaluate.py                            the shipped student
@@ -48,7 +50,7 @@ from einops import rearrange, reduce
 from torch import nn
 
 import data
-from command_line import add_teacher_kind, make_parser, positive_int, run_program
+from command_line import add_teacher_kind, make_parser, number, run_program
 from config import ODE, ClassifierRecord, ModelConfig, Student, StudentRecord, Training
 from figures import draw_curves, draw_losses, new_figure, plain, save_figure
 from files import (
@@ -65,7 +67,7 @@ from metrics import coverage, frechet, moments
 from model import history_mask
 from pretrained import ASSETS, load_network
 from sample import few_step, predict_all
-from scenes import CATEGORIES, adherence, caption_list, caption_weights
+from scenes import CATEGORIES, adherence, caption_list, caption_weights, indexed_captions
 from teacher import solve
 from text import prompt_length
 from training import learning_rate, make_optimizer
@@ -131,7 +133,7 @@ def student_methods(name: str, model, record: StudentRecord) -> dict[str, Method
             count_macs(config, student.steps),
         )
     }
-    if reads_history(record):
+    if record.reads_history:
         methods[f"{name}, another sample's history"] = Method(
             lambda x_T, y: few_step_with_shuffled_history(model, student, x_T, y),
             student.steps,
@@ -140,13 +142,9 @@ def student_methods(name: str, model, record: StudentRecord) -> dict[str, Method
     return methods
 
 
-def reads_history(record: StudentRecord) -> bool:
-    return record.model.reads_history and record.student.steps > 1
-
-
 def student_label(name: str, record: StudentRecord) -> str:
     """The label of a student's row."""
-    reads = "reads its history" if reads_history(record) else "no history"
+    reads = "reads its history" if record.reads_history else "no history"
     return f"{name}, {record.student.steps} steps ({reads})"
 
 
@@ -160,7 +158,7 @@ def make_methods(teacher, students: dict) -> dict[str, Method]:
         for steps in (ode.euler_steps, record.student.steps):
             method = teacher_method(teacher, replace(ode, euler_steps=steps))
             first[f"teacher, {steps} steps"] = method
-        group = later if reads_history(record) else first
+        group = later if record.reads_history else first
         group |= student_methods(name, model, record)
     return first | later
 
@@ -207,7 +205,8 @@ def make_classifier(config, classes: tuple[str, ...], runtime: Runtime) -> Class
 
 
 def shipped_classifier(config, classes: tuple[str, ...], runtime: Runtime) -> Classifier | None:
-    """The one in assets/ for a DataConfig, or None. (A procedural data set is always the same.)"""
+    """The classifier in assets/ for a DataConfig, or None. It can be shipped because a procedural
+    data set is the same everywhere."""
     file = ASSETS / f"{data.file_name(config.source)}-classifier.pt"
     if not file.exists():
         return None
@@ -289,12 +288,11 @@ class Evaluator:
     """Compares methods with the teacher's images of the same noises, and with real images.
 
     teacher, ode    whose images all others are compared with, and how they are made
-    record          a TeacherRecord or StudentRecord: shape, classes and data
+    record          a TeacherRecord or StudentRecord: shape, classes and data. Where the source of
+                    its data is None, there are no real images, and only errors are measured
     count           images of each method; fewer where the data set has fewer
-    data            a DataConfig, if it is not the record's. Where its source is None, there are no
-                    real images: then only errors are measured
     cache           a file that keeps the teacher's images, which take long to make
-    test            a folder of real images, instead of those of `data` that are held out
+    test            a folder of real images, instead of the held-out ones of the data
 
     Raises UserError where the data set is missing, is another one than the network's, or is too
     small."""
@@ -306,7 +304,6 @@ class Evaluator:
         ode: ODE,
         count: int,
         runtime: Runtime,
-        data=None,
         cache: Path | None = None,
         test: str | None = None,
     ):
@@ -315,32 +312,31 @@ class Evaluator:
         self.real_row = {}  # of other real images
         self.has_classes = len(record.classes) > 1 and not record.model.reads_text
         self.has_captions = record.data.source == "scenes"
-        config = data or record.data
-        if config.source is None:
+        if record.data.source is None:
             self.count = min(count, ERROR_IMAGES)
         else:
-            self.load_real_images(config, test)
+            self.load_real_images(test)  # there may be fewer than `count`
         _, labels = self.noise(range(self.count))
         self.labels = labels.cpu()
         self.teacher_images, ms = self.make_teacher_images(teacher, ode, cache)
         self.teacher_row = dict(ms=ms, error=0.0)
         if self.classifier is not None:
-            self.teacher_features, classes = features(self.classifier, self.teacher_images)
-            distances = self.distances(self.teacher_features, classes, self.labels)
+            self.teacher_features, predicted = features(self.classifier, self.teacher_images)
+            distances = self.distances(self.teacher_features, predicted, self.labels)
             self.teacher_row |= distances | dict(above=0.0, chance=0.0)
             run = teacher_method(teacher, ode).images
             self.teacher_row |= self.adherence(run, self.teacher_images, "teacher")
 
-    def load_real_images(self, config, test: str | None):
-        classes = self.record.classes
+    def load_real_images(self, test: str | None):
+        config, classes = self.record.data, self.record.classes
         shipped = shipped_classifier(config, classes, self.runtime)
-        trains = shipped is None and not self.has_captions  # see find_classifier
-        train_set = data.load(config, count=None if trains else self.count)
+        needs_all = shipped is None and not self.has_captions  # to train a classifier on
+        train_set = data.load(config, count=None if needs_all else self.count)
         if test is None:
             held_out = data.load(config, "test", self.count)
         else:
             held_out = data.load(replace(config, source=test), "all")
-        check_classes(classes, train_set, held_out)
+        check_same_classes(classes, train_set, held_out)
         self.count = min(self.count, len(train_set))  # as many images in all rows
         self.real_images, real_labels = held_out.some(self.count)
         if min(len(self.real_images), self.count) < data.LEAST_IMAGES:
@@ -350,7 +346,7 @@ class Evaluator:
                 f"{self.count:,} to compare"
             )
         self.classifier = shipped or find_classifier(train_set, config, self.runtime)
-        self.real, predicted = features(self.classifier, self.real_images)
+        self.real_features, predicted = features(self.classifier, self.real_images)
         if self.has_classes:
             right = (predicted == real_labels).double().mean().item()
             count = len(predicted)
@@ -372,7 +368,7 @@ class Evaluator:
         of the noises."""
         device, at_once = self.runtime.device, self.runtime.samples_at_once
         made, ms = [], []
-        # The batches are of about equal size, so that none is a single sample.
+        # The batches are of about equal size: none is a single sample, which has no other history.
         total = self.count if y is None else len(y)
         batches = torch.arange(total).tensor_split(math.ceil(total / at_once))
         progress = Progress(
@@ -419,15 +415,16 @@ class Evaluator:
             replace_file(cache, lambda opened: torch.save(content, opened))
         return images, ms
 
-    def distances(self, found, classes, labels) -> dict:
-        """The measures of images whose features (N, 64) and classes (N,) the classifier found."""
+    def distances(self, found, predicted, labels) -> dict:
+        """The measures of images of which the classifier found the features (N, 64) and predicted
+        the classes (N,)."""
         row = dict(
-            distance=frechet(moments(found), moments(self.real)),
-            precision=coverage(found, by=self.real),
-            recall=coverage(self.real, by=found),
+            distance=frechet(moments(found), moments(self.real_features)),
+            precision=coverage(found, by=self.real_features),
+            recall=coverage(self.real_features, by=found),
         )
         if self.has_classes:
-            row["accuracy"] = (classes == labels).double().mean().item()
+            row["accuracy"] = (predicted == labels).double().mean().item()
         return row
 
     def __call__(self, run, title: str) -> dict:
@@ -438,10 +435,10 @@ class Evaluator:
         row = dict(ms=ms, error=squares.mean().item())
         if self.classifier is None:
             return row
-        found, classes = features(self.classifier, images)
-        row |= self.distances(found, classes, self.labels)
+        found, predicted = features(self.classifier, images)
+        row |= self.distances(found, predicted, self.labels)
         row["above"] = row["distance"] - self.teacher_row["distance"]
-        row["chance"] = chance_of(found, self.teacher_features, self.real)
+        row["chance"] = chance_of(found, self.teacher_features, self.real_features)
         return row | self.adherence(run, images, title)
 
     def adherence(self, run, images, title: str) -> dict:
@@ -449,32 +446,33 @@ class Evaluator:
         other data."""
         if not self.has_captions:
             return {}
-        number = len(caption_list())
+        first = len(caption_list())  # index of the first held-out caption
         rng = data.stream(data.EVALUATION_SEED, 0)
         weights = caption_weights(caption_list(held_out=True))
-        y = torch.from_numpy(number + rng.choice(len(weights), HELD_OUT_IMAGES, p=weights))
+        y = torch.from_numpy(first + rng.choice(len(weights), HELD_OUT_IMAGES, p=weights))
         others, _ = self.generate(run, f"{title}, held-out captions", y)
         row = caption_scores(images, self.labels)
         return row | {"held out": caption_scores(others, y)["all right"]}
 
 
 def caption_scores(images, y) -> dict[str, float]:
-    """Those of scenes.adherence, for images in [-1, 1] of the captions with the numbers y. As a
+    """Those of scenes.adherence, for images in [-1, 1] of the captions with the indices y. As a
     control, "another's" is the fraction in which all of *another image's* caption is right."""
-    captions = [*caption_list(), *caption_list(held_out=True)]  # as text.scene_prompts has them
-    captions = [captions[number] for number in y]
+    known = indexed_captions()
+    captions = [known[index] for index in y]
     pixels = rearrange(data.to_uint8(images), "b h w c -> b c h w")
     shifted = captions[1:] + captions[:1]
     return adherence(pixels, captions) | {"another's": adherence(pixels, shifted)["all right"]}
 
 
-def check_classes(classes: tuple[str, ...], *data_sets: data.Dataset):
-    """Raises UserError where a data set has other classes than the network."""
-    # The classes of public networks are numbers; a single class is named after its folder.
+def check_same_classes(classes: tuple[str, ...], *data_sets: data.Dataset):
+    """Raises UserError where a data set has other classes than the network. Names are compared only
+    where the network has real ones: public networks number their classes, and a single class is
+    named after its folder."""
     has_names = len(classes) > 1 and classes[0] != "0"
     for dataset in data_sets:
-        same_names = dataset.classes == classes or not has_names
-        if len(dataset.classes) != len(classes) or not same_names:
+        other_names = has_names and dataset.classes != classes
+        if len(dataset.classes) != len(classes) or other_names:
             raise UserError(
                 "the real images are of other classes than the network's: check --data and --test"
             )
@@ -505,14 +503,14 @@ def compare(methods: dict[str, Method], evaluator: Evaluator) -> dict[str, dict]
 
 
 def compare_degradations(rows: dict[str, dict], students: dict) -> list[str]:
-    """A sentence for each two students that differ in their history only: the degradation without
-    it over the degradation with it."""
+    """A sentence for each two students that take the same steps to the same targets, one with
+    history and one without: the degradation without it over the degradation with it."""
     sentences = []
     for name, (_, record) in students.items():
         for other, (_, other_record) in students.items():
             with_history = rows[student_label(name, record)]
             without = rows[student_label(other, other_record)]
-            differ = reads_history(record) and not reads_history(other_record)
+            differ = record.reads_history and not other_record.reads_history
             if differ and record.student == other_record.student and "above" in without:
                 ratio = degradation_ratio(without, with_history)
                 sentences.append(
@@ -576,6 +574,7 @@ def attention_shares(model, student: Student, states, y) -> list:
         scores = q @ k.mT / q.shape[-1] ** 0.5                              # (b, h, S·n, S·n)
         visible = history_mask(mask, S, n).to(x.device)
         weights = scores.float().masked_fill(~visible, -math.inf).softmax(dim=-1)
+        # Summed over the n keys of a state, and averaged over all else.
         shares = n * reduce(weights, "b h (i n) (j m) -> i j", "mean", n=n, m=n)
         layers.append(shares.tolist())
 
@@ -601,7 +600,7 @@ def measure_curves(teacher, students: dict, evaluator: Evaluator):
             if key not in trajectories:
                 trajectories[key] = teacher_trajectory(teacher, student, x_T, y)
             curves[name] = exposure_bias(model, student, trajectories[key], y)
-            if model.config.history_layers > 0 and reads_history(record):
+            if model.config.history_layers > 0 and record.reads_history:
                 states = few_step(model, student, x_T[few], y[few])[:, :-1]
                 shares[name] = attention_shares(model, student, states, y[few])
     return curves, shares
@@ -618,21 +617,26 @@ def count_macs(config: ModelConfig, states: int = 1) -> int:
     outputs = 2 * values if config.learn_sigma else values
     # The patch embedding; in a layer, qkv has 3·d² weights, proj 1 and the MLP 8; the output.
     per_token = values * d + config.depth * 12 * d * d + d * outputs
-    # The time's 256 sinusoids and its MLP; the modulation of each layer and of the output.
-    per_state = 256 * d + d * d + config.depth * 6 * d * d + 2 * d * d
+    # The modulation of each layer and of the output; in a text network, all layers share one.
+    modulation = 6 * d * d if config.reads_text else (6 * config.depth + 2) * d * d
+    per_state = 256 * d + d * d + modulation  # with the timestep's 256 sinusoids and its MLP
     # A state attends to itself in all layers, and to earlier ones in the history layers.
-    earlier = {"none": 0, "causal": states * (states - 1) // 2}.get(config.mask, states - 1)
+    earlier = {
+        "none": 0,
+        "window": states - 1,
+        "anchor": states - 1,
+        "causal": states * (states - 1) // 2,
+    }[config.mask]
     pairs = config.depth * states + config.history_layers * earlier
     per_pair = 2 * n * n * d  # q·k, and the weighted sum of values
     shortcut = n * d * d if config.noise_shortcut else 0  # for x_T only
     prompt = 0
     if config.reads_text:
         # Cross-attention has as many weights for a token (q, proj) as for a word (k and v), and
-        # each token attends to each word. All layers share one modulation.
+        # each token attends to each word.
         words = prompt_length(config.text_width)
         per_token += config.depth * 2 * d * (d + words)
         prompt = words * d * (config.text_width + d + config.depth * 2 * d)  # once for all states
-        per_state = 256 * d + 7 * d * d
     return states * (n * per_token + per_state) + pairs * per_pair + shortcut + prompt
 
 
@@ -656,9 +660,10 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
 
 
 def draw_paths(paths: dict[str, torch.Tensor], y, real, file: Path):
-    """Of points, a panel for each label: paths (b, s + 1, 2, 1, 1) from noise to image, coloured by
-    class, before real points (M, 2, 1, 1) in grey. A red line leads from the end of a path to the
-    end of the first label's path from the same noise."""
+    """Draw points: a panel for each method. `paths` has a method's paths from noise to image,
+    (b, s + 1, 2, 1, 1), which are coloured by class, over real points (M, 2, 1, 1) in grey. A red
+    line leads from the end of each path to the end of the first method's path from the same
+    noise."""
     figure, axes = new_figure(3.4 * len(paths), 3.8, columns=len(paths))
     goals = next(iter(paths.values()))[:, -1, :, 0, 0]
     for axis, (label, states) in zip(axes, paths.items(), strict=True):
@@ -681,15 +686,14 @@ def draw_samples(methods: dict[str, Method], evaluator: Evaluator, file: Path):
         with evaluator.runtime.autocast():
             states[label] = method.sample(x_T, y).cpu()
     if is_points:
-        real = x_T[:0].cpu() if evaluator.real_images is None else evaluator.real_images[:1500]
-        draw_paths(states, y, real, file)
+        draw_paths(states, y, evaluator.real_images[:1500], file)
     else:
         images = {label: sample[:, -1] for label, sample in states.items()}
         data.draw_images(images, file, title="same noise and class in a column")
 
 
 def draw_exposure(errors: dict[str, dict], file: Path):
-    """errors: {name: those of `exposure_bias`}."""
+    """errors: {name of a student: what `exposure_bias` returns}."""
     curves = []
     for i, (name, both) in enumerate(errors.items()):
         steps = range(1, len(both["own"]) + 1)
@@ -757,11 +761,11 @@ def show_comparison(
     evaluator: Evaluator,
     file: Path,
     full: bool,
-    **more,
+    losses: dict | None = None,
 ):
-    """The whole comparison: writes its numbers, and `more` of them, into a JSON file, prints the
-    table, and draws figures beside the file. `full`: with all columns, and a row of other real
-    images."""
+    """The whole comparison: writes its numbers, and the losses of the training, into a JSON file,
+    prints the table, and draws figures beside the file. `full`: with all columns, and a row of
+    other real images."""
     methods = make_methods(teacher, students)
     rows = compare(methods, evaluator)
     ratios = compare_degradations(rows, students)
@@ -779,8 +783,9 @@ def show_comparison(
         exposure_bias=errors,
         attention=shares,
         students={name: asdict(record) for name, (_, record) in students.items()},
+        losses=losses,
     )
-    save_json(file, content | more)
+    save_json(file, content)
     legend = LEGEND
     if evaluator.has_captions:
         columns, legend = columns | ADHERENCE_COLUMNS, LEGEND + ADHERENCE_LEGEND
@@ -799,12 +804,13 @@ def report(teacher, students: dict, losses: dict[str, list], out: Path, runtime:
     students: {name: (model, StudentRecord)}, all of this teacher and of one ODE;
     losses: {name: [(iteration, mean loss, …), …]}."""
     _, record = next(iter(students.values()))
-    arguments = (teacher, record, record.student.ode, REPORT_IMAGES, runtime)
+    ode = record.student.ode
     try:
-        evaluator = Evaluator(*arguments)
+        evaluator = Evaluator(teacher, record, ode, REPORT_IMAGES, runtime)
     except UserError as error:
         print(f"there are no distances to real images: {error}")
-        evaluator = Evaluator(*arguments, replace(record.data, source=None))
+        record = replace(record, data=replace(record.data, source=None))
+        evaluator = Evaluator(teacher, record, ode, REPORT_IMAGES, runtime)
     file = out / "result.json"
     show_comparison(teacher, students, evaluator, file, full=False, losses=losses)
     draw_losses(losses, out / "loss.png")
@@ -843,23 +849,20 @@ def find_teacher_of(
 ):
     """The teacher of a student: `file`, or else one with the right weights beside the student, in
     runs/ or in assets/. Raises UserError where there is none, or `file` is another one."""
-    places = [file]
-    if file is None:
-        places = [run / "teacher.pt", run.parent / "teacher.pt"]
-        places += Path("runs").glob("*/teacher.pt")
-        places += ASSETS.glob("*-teacher.pt")
-    for place in places:
-        try:
-            model, _ = load_network(place, "teacher", device=device, teacher_kind=teacher_kind)
-        except UserError:
-            if file is not None:
-                raise
-            continue  # there is none, or it is damaged: another may be right
-        unknown = record.teacher == "" and file is not None  # of a public student
-        if unknown or record.teacher == fingerprint(model.state_dict()):
-            return model
     if file is not None:
-        raise UserError(f"{file} is not the teacher of {run}")
+        model, _ = load_network(file, "teacher", device=device, teacher_kind=teacher_kind)
+        # A public student does not say who its teacher was.
+        if record.teacher not in ("", fingerprint(model.state_dict())):
+            raise UserError(f"{file} is not the teacher of {run}")
+        return model
+    places = [run / "teacher.pt", run.parent / "teacher.pt"]
+    places += Path("runs").glob("*/teacher.pt")
+    places += ASSETS.glob("*-teacher.pt")
+    for place in places:
+        with suppress(UserError):  # there is none, or it is damaged: another may be right
+            model, _ = load_network(place, "teacher", device=device, teacher_kind=teacher_kind)
+            if record.teacher == fingerprint(model.state_dict()):
+                return model
     raise UserError(f"the teacher of {run} was not found: name its checkpoint with --teacher")
 
 
@@ -873,7 +876,7 @@ def parse_flags():
     folder = dict(metavar="DIR", type=data.data_source)
     add("--data", **folder, help="the data set, if it is not where the teacher saw it")
     add("--test", **folder, help="real images to compare with (default: the held-out ones)")
-    add("--count", type=positive_int, default=5000, help="images of each method (default: 5000)")
+    add("--count", type=number(int, 2), default=5000, help="images of each (default: 5000)")
     add("--out", type=Path, default=Path("runs/evaluation"), help="default: runs/evaluation")
     add_machine_flags(parser)
     return parser.parse_args()
@@ -888,15 +891,10 @@ def main():
     teacher = find_teacher_of(
         record, flags.runs[0], flags.teacher, runtime.device, flags.teacher_kind
     )
-    evaluator = Evaluator(
-        teacher,
-        record,
-        record.student.ode,
-        flags.count,
-        runtime,
-        replace(record.data, source=flags.data or record.data.source),
-        test=flags.test,
-    )
+    if flags.data:
+        record = replace(record, data=replace(record.data, source=flags.data))
+    ode = record.student.ode
+    evaluator = Evaluator(teacher, record, ode, flags.count, runtime, test=flags.test)
     show_comparison(teacher, students, evaluator, out / "evaluation.json", full=True)
 
 

@@ -36,6 +36,7 @@ import startup  # noqa: F401  before the large packages
 
 import copy
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ from config import (
     override_parts,
 )
 from distill import own_inputs
-from evaluate import check_classes, report
+from evaluate import check_same_classes, report
 from figures import new_figure, save_figure
 from files import (
     UserError,
@@ -174,12 +175,12 @@ def adversarial_loss(generated):
     return -generated.mean()
 
 
-def adaptive_weight(distillation, adversarial, last_weight, factor: float):
+def adaptive_weight(distillation, adversarial, last_layer, factor: float):
     """VQGAN's λ (arXiv 2012.09841): `factor` times the ratio of the norms of the two losses'
-    gradients at the weight of the last layer. Under torchrun, the gradients are averaged first."""
+    gradients at the weights of the last layer. Under torchrun, the gradients are averaged first."""
     norms = []
     for loss in (distillation, adversarial):
-        [gradient] = torch.autograd.grad(loss, last_weight, retain_graph=True)
+        [gradient] = torch.autograd.grad(loss, last_layer, retain_graph=True)
         gradient = all_reduce(gradient) / world_size()
         norms.append(gradient.norm())
     ratio = norms[0] / (norms[1] + 1e-8)
@@ -194,10 +195,10 @@ def draw_batch(trajectories: Trajectories, dataset: data.Dataset, settings: Trai
 
     trajectory   (b, S + 1, c, h, w)   of the teacher, x_T first
     y            (b,)                  its label
-    noise        (b, c, h, w)          that D sees the student's image under
+    noise        (b, c, h, w)          added to the student's image before D sees it
     real         (b, c, h, w)          an image of the data set
     real_y       (b,)                  its label
-    real_noise   (b, c, h, w)          that D sees it under
+    real_noise   (b, c, h, w)          added to the real image before D sees it
     """
     rng = data.stream(settings.seed, iteration)
     indices = rng.integers(len(trajectories), size=settings.batch)
@@ -210,8 +211,8 @@ def draw_batch(trajectories: Trajectories, dataset: data.Dataset, settings: Trai
 
 def optimizer_step(network, optimizer, lr, loss_of, batches: list, runtime: Runtime):
     """A step on the mean of a loss over micro-batches. loss_of(network, *micro_batch) returns the
-    loss, values to log, and a result. Returns the means of the values, which are not finite where
-    the gradient is not, and the results."""
+    loss, values to log, and a result. Returns the means of the values, and the list of results. If
+    the gradient is not finite, the means are not finite either, so that GANTrainer.log notices."""
     values, results = [], []
 
     def loss_alone(network, *batch):
@@ -231,18 +232,22 @@ def optimizer_step(network, optimizer, lr, loss_of, batches: list, runtime: Runt
 
 class GANTrainer:
     """The networks, and one iteration of their training. `first`: the student of the first stage,
-    of which `model` begins as a copy. `record`: its record, with `gan` and `gan_training` set."""
+    of which `model` begins as a copy. `record`: its record, with `gan` and `gan_training` set.
+    `inputs`: what the training depends on beside the record (see train_gan)."""
 
     PARTS = ("ema", "model", "optimizer", "discriminator", "discriminator_optimizer")
 
-    def __init__(self, first: DiT, record: StudentRecord, teacher: DiT, runtime: Runtime):
+    def __init__(
+        self, first: DiT, record: StudentRecord, teacher: DiT, runtime: Runtime, inputs: dict
+    ):
         self.record, self.runtime = record, runtime
+        self.inputs = inputs
         gan, settings, device = record.gan, record.gan_training, runtime.device
         model = copy.deepcopy(first).to(device).train().requires_grad_(True)
         model.pos_embed.requires_grad_(False)
         model.checkpointing = runtime.checkpointing
         torch.manual_seed(settings.seed)
-        teacher = copy.copy(teacher)  # with the same weights; the caller's is not compiled
+        teacher = copy.copy(teacher)  # it shares the weights, and can be compiled on its own
         discriminator = Discriminator(teacher, record.student.ode, gan).to(device)
 
         self.model, self.discriminator = model, discriminator
@@ -255,8 +260,7 @@ class GANTrainer:
         # Under torchrun, these average their gradients over all processes.
         self.network = training.share_gradients(model, device)
         self.discriminator_network = training.share_gradients(discriminator, device)
-        self.inputs = {}  # what the training depends on beside the record: see train_gan
-        self.iteration, self.losses, self.note = 0, [], ""
+        self.iteration, self.losses = 0, []
         self.sums = torch.zeros(len(CURVES), device=device)  # since the last row of `losses`
 
     def student_loss(self, network, trajectory, y, noise, *_):
@@ -272,16 +276,16 @@ class GANTrainer:
         seen = images.detach().requires_grad_()
         adversarial = adversarial_loss(self.discriminator(seen, noise, y))
         # Let g = ∂adversarial/∂images, a constant. The scalar product of the images and g has the
-        # same gradient with respect to the student's weights as the GAN loss, and the discriminator
-        # is no part of its graph. So neither λ nor backward() goes through D again. And λ needs
-        # gradients at the output layer only, so that each compiled layer runs backward just once.
+        # same gradient with respect to the student's weights as the GAN loss, but its graph does
+        # not contain the discriminator. So D is run backward once only, for g. λ needs gradients at
+        # the output layer, and the layers below are run backward once, in loss.backward().
         [g] = torch.autograd.grad(adversarial, seen)
         product = (images * g).sum()
         factor = gan.weight if self.iteration >= gan.warmup else 0.0
         last_layer = getattr(self.model, self.model.output_layer_names[-1])
-        weight = adaptive_weight(distillation, product, last_layer.linear.weight, factor)
-        loss = distillation + weight * product
-        return loss, (distillation, adversarial, weight), images.detach()
+        balance = adaptive_weight(distillation, product, last_layer.linear.weight, factor)  # λ
+        loss = distillation + balance * product
+        return loss, (distillation, adversarial, balance), images.detach()
 
     def discriminator_loss(self, network, _, y, noise, real, real_y, real_noise, generated):
         """generated: the student's images. Returns the loss, the last two values of CURVES, and
@@ -320,10 +324,11 @@ class GANTrainer:
         self.sums += torch.cat([student_values, discriminator_values])
         self.iteration += 1
 
-    def log(self):
-        """Average `sums` over all processes. At the end of a period of 50 iterations, add a row to
-        `losses`: (iteration, the means of CURVES over the period). Raises UserError where one is
-        not finite, and where the discriminator has won."""
+    def log(self) -> str:
+        """Average `sums` over all processes. At the end of a period of training.LOG_EVERY
+        iterations, add a row to `losses`: (iteration, the means of CURVES over the period). Returns
+        the last row in words. Raises UserError where a mean is not finite, and where the
+        discriminator has won."""
         self.sums = all_reduce(self.sums) / world_size()
         if not self.sums.isfinite().all():
             raise UserError(
@@ -335,11 +340,16 @@ class GANTrainer:
         if is_last or period == training.LOG_EVERY:
             means = (self.sums / period).tolist()
             self.losses.append((self.iteration, *means))
-            self.note = f"distillation loss {means[0]:.5f}, accuracy of D {means[-1]:.2f}"
             self.sums = torch.zeros_like(self.sums)
             check_balance(self.losses)
+        if not self.losses:
+            return ""
+        _, distillation, *_, accuracy = self.losses[-1]
+        return f"distillation loss {distillation:.5f}, accuracy of D {accuracy:.2f}"
 
     def save(self, file: Path):
+        if rank() > 0:
+            return
         content = {name: getattr(self, name).state_dict() for name in self.PARTS}
         content |= dict(
             kind="student",
@@ -358,7 +368,8 @@ class GANTrainer:
             return
         try:
             inputs, sums = dict(saved["inputs"]), torch.tensor(saved["sums"])
-            if {len(sums)} | {len(row) - 1 for row in saved["losses"]} != {len(CURVES)}:
+            rows = [sums, *(row[1:] for row in saved["losses"])]
+            if any(len(row) != len(CURVES) for row in rows):
                 raise ValueError("its losses are not those of this stage")
             if inputs != self.inputs:
                 difference = first_difference(inputs, self.inputs)
@@ -394,7 +405,7 @@ def check_settings(gan: GAN, settings: Training, runtime: Runtime):
 
 
 def check_student(record: StudentRecord, teacher: DiT):
-    """Raises UserError for a student that is none of the first stage, or has another teacher."""
+    """Raises UserError for a student that is not from the first stage, or has another teacher."""
     if record.gan is not None:
         raise UserError("this student has had its second stage: name one of the first with --from")
     if record.teacher not in ("", fingerprint(teacher.state_dict())):
@@ -403,68 +414,66 @@ def check_student(record: StudentRecord, teacher: DiT):
 
 def check_balance(losses: list[tuple]):
     """Raises UserError where the discriminator has won: the student then learns nothing from it."""
-    recent = [accuracy for *_, weight, _, accuracy in losses[-10:] if weight > 0]
+    recent = [accuracy for _, _, _, balance, _, accuracy in losses[-10:] if balance > 0]
     advice = "What was saved before stays; try again with another --out"
     if len(recent) == 10 and min(recent) > 0.99:
         raise UserError(
             "the discriminator is always right, so that nothing can be learned from it: choose a "
             f"higher --noise-level or a lower --discriminator-lr. {advice}"
         )
-    *_, weight, _, _ = losses[-1]
-    if weight >= 0.9 * LARGEST_WEIGHT:
+    _, _, _, balance, _, _ = losses[-1]
+    if balance >= 0.9 * LARGEST_WEIGHT:  # a mean: it was at the bound nearly all the time
         raise UserError(
             "λ is at its bound, since the gradient of the GAN loss has vanished: choose a lower "
             f"--discriminator-lr. {advice}"
         )
 
 
-def make_trainer(first, record, teacher, trajectories, dataset, file, runtime) -> GANTrainer:
-    """A fresh trainer, or one that continues what `file` holds. Arguments, errors: as train_gan."""
-    settings = record.gan_training
+def train_gan(
+    first: DiT,
+    record: StudentRecord,
+    teacher: DiT,
+    trajectories: Trajectories,
+    dataset: data.Dataset,
+    file: Path,
+    runtime: Runtime,
+):
+    """Fine-tune a copy of the student of the first stage, into the checkpoint `file`. If it exists,
+    its training is continued. `record`: the student's record, with `gan` and `gan_training` set.
+    Returns (the EMA of the new student, the rows of GANTrainer.log). Raises UserError where
+    settings or trajectories do not fit, where a loss is not finite, and where the discriminator
+    wins."""
+    settings, device = record.gan_training, runtime.device
     check_settings(record.gan, settings, runtime)
     learned = (record.student.ode, record.student.target_steps)
     if (trajectories.ode, trajectories.target_steps) != learned:
         raise UserError("the student has learned from trajectories of another ODE than these")
-    trainer = GANTrainer(first, record, teacher, runtime)
-    trainer.inputs = dict(
+    inputs = dict(
         first_student=fingerprint(first.state_dict()),
         images=len(dataset),
         trajectories=len(trajectories),
         trajectory_seed=trajectories.seed,
     )
+    trainer = GANTrainer(first, record, teacher, runtime, inputs)
     trainer.resume(file)
     print(
         f"fine-tuning with a GAN loss, from iteration {trainer.iteration:,} to "
-        f"{settings.iterations:,}, in batches of {settings.batch} on {runtime.device} in "
+        f"{settings.iterations:,}, in batches of {settings.batch} on {device} in "
         f"{runtime.precision}, into {file}"
     )
-    return trainer
-
-
-def train_gan(
-    first: DiT, record: StudentRecord, teacher: DiT, trajectories: Trajectories,
-    dataset: data.Dataset, file: Path, runtime: Runtime,
-):
-    """Fine-tune a copy of the student of the first stage, into the checkpoint `file`. Continues
-    what is there. `record`: its record, with `gan` and `gan_training` set. Returns (the EMA of the
-    new student, the rows of GANTrainer.log). Raises UserError where settings or trajectories do
-    not fit, where a loss is not finite, and where the discriminator wins."""
-    trainer = make_trainer(first, record, teacher, trajectories, dataset, file, runtime)
-    settings, device = record.gan_training, runtime.device
     todo = range(trainer.iteration, settings.iterations)
     progress = Progress("GAN", todo, start=todo.start, unit="images", size=settings.batch)
     clock = training.SaveClock()
-    with training.only_training(file), training.interrupts() as interrupted:
+    with training.lock_checkpoint(file), training.interrupts() as interrupted:
         for iteration in progress:
             trainer.step(draw_batch(trajectories, dataset, settings, iteration))
             stop = training.any_process(interrupted(), device)
             is_last = trainer.iteration == settings.iterations
-            keep = is_last or stop or training.any_process(clock.due(), device)
-            if keep or trainer.iteration % training.LOG_EVERY == 0:
-                trainer.log()
-                progress.note = trainer.note
-            if keep:
-                clock.time(lambda: trainer.save(file) if rank() == 0 else None)
+            save_now = is_last or stop or training.any_process(clock.due(), device)
+            if save_now or trainer.iteration % training.LOG_EVERY == 0:
+                progress.note = trainer.log()
+            if save_now:
+                clock.timed(partial(trainer.save, file))
                 wait_for_all()
             if stop:
                 raise KeyboardInterrupt(
@@ -477,7 +486,7 @@ def train_gan(
 # ---- 5. The program ------------------------------------------------------------------------------
 
 
-def draw_losses(losses: list[tuple], file: Path):
+def draw_curves(losses: list[tuple], file: Path):
     """Write a picture of what train_gan returns: a panel for each of CURVES."""
     iterations, *curves = zip(*losses, strict=True)
     figure, axes = new_figure(16, 2.8, columns=len(CURVES))
@@ -495,7 +504,7 @@ def parse_flags():
     add("--from", dest="first", type=Path, metavar="FILE", help="default: runs/PRESET/student.pt")
     add("--out", type=Path, help="folder for the results (default: runs/PRESET-gan)")
     add_teacher_flags(parser)
-    add("--trajectories", type=Path, metavar="DIR", help="read or written there")
+    add("--trajectories", dest="folder", type=Path, metavar="DIR", help="read or written there")
     add("--data", dest="source", type=data.data_source, help="the real images, if moved")
     add = parser.add_argument_group("the GAN loss").add_argument
     add("--weight", type=non_negative, help="factor of λ; 0: no GAN loss")
@@ -513,19 +522,6 @@ def parse_flags():
     return parser.parse_args()
 
 
-def open_same_trajectories(record: StudentRecord, teacher, teacher_record, preset, folder, runtime):
-    """The trajectories that a student has learned from. Those that are missing are written."""
-    student = record.student
-    settings = TrajectorySettings(
-        count=record.trajectories or preset.trajectories.count,
-        kept_steps=student.target_steps,
-        keep=student.targets,
-    )
-    teacher_record = replace(teacher_record, ode=student.ode)
-    chosen = replace(preset.student, steps=student.steps, targets=student.targets)
-    return open_trajectories(teacher, teacher_record, settings, chosen, folder, runtime)
-
-
 def main():
     flags = parse_flags()
     preset = override_parts(PRESETS[flags.preset], flags, "gan", "gan_training")
@@ -535,33 +531,44 @@ def main():
     check_settings(preset.gan, preset.gan_training, runtime)
     runs = Path("runs") / flags.preset
     out = output_folder(flags.out or f"{runs}-gan", "result.json", "samples.png")
-    file = flags.first or runs / "student.pt"
-    if not file.exists():
+    first_file = flags.first or runs / "student.pt"
+    if not first_file.exists():
         raise UserError(
-            f"no student at {file}: python distill.py --preset {flags.preset} makes one, and "
+            f"no student at {first_file}: python distill.py --preset {flags.preset} makes one, and "
             "--from names another"
         )
-    home = file if file.is_dir() else file.parent
+    first_folder = first_file if first_file.is_dir() else first_file.parent
     teacher, teacher_record = find_teacher(
-        flags.teacher_file, flags.preset, home, runtime.device, flags.teacher_kind
+        flags.teacher_file, flags.preset, first_folder, runtime.device, flags.teacher_kind
     )
-    first, record = load_network(file, "student", device=runtime.device)
+    first, record = load_network(first_file, "student", device=runtime.device)
     students = {"R": (first, record)}
     check_student(record, teacher)
-    source = override(record.data, flags)
-    record = replace(record, data=source, gan=preset.gan, gan_training=preset.gan_training)
+    data_config = override(record.data, flags)
+    record = replace(record, data=data_config, gan=preset.gan, gan_training=preset.gan_training)
     dataset = data.load(record.data)
-    check_classes(record.classes, dataset)
-    home = home if (home / "trajectories").exists() else runs
-    folder = flags.trajectories or home / "trajectories"
-    trajectories = open_same_trajectories(record, teacher, teacher_record, preset, folder, runtime)
-    file = out / "student.pt"
-    ema, losses = train_gan(first, record, teacher, trajectories, dataset, file, runtime)
+    check_same_classes(record.classes, dataset)
+    home = first_folder if (first_folder / "trajectories").exists() else runs
+    trajectories = open_trajectories(
+        teacher,
+        replace(teacher_record, ode=record.student.ode),
+        TrajectorySettings(
+            count=record.trajectories or preset.trajectories.count,  # 0: a public file's, not known
+            kept_steps=record.student.target_steps,
+            keep=record.student.targets,
+        ),
+        record.student,
+        flags.folder or home / "trajectories",
+        runtime,
+    )
+    ema, losses = train_gan(
+        first, record, teacher, trajectories, dataset, out / "student.pt", runtime
+    )
     name = "R + G" if preset.gan.weight else "R, longer"
     students[name] = (ema, record)
     if rank() > 0:
         return
-    draw_losses(losses, out / "gan.png")
+    draw_curves(losses, out / "gan.png")
     report(teacher, students, {name: losses}, out, runtime)
 
 

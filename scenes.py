@@ -176,6 +176,12 @@ def caption_list(held_out: bool = False) -> list[Caption]:
     return [caption for caption in all_captions().values() if caption.is_held_out == held_out]
 
 
+def indexed_captions() -> list[Caption]:
+    """All captions, in the order in which networks know them by their indices: those of training,
+    then those that name a held-out pair."""
+    return [*caption_list(), *caption_list(held_out=True)]
+
+
 def caption_weights(captions: list[Caption]) -> np.ndarray:
     """How often each caption is drawn, so that the categories are equally frequent."""
     categories = [caption.category for caption in captions]

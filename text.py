@@ -36,7 +36,7 @@ import torch
 from command_line import add_worker_flag, make_parser, positive_int, run_program
 from files import UserError, fingerprint, optional_import
 from machine import Progress, add_machine_flags, runtime_from
-from scenes import all_captions, caption_list
+from scenes import all_captions, indexed_captions
 from shards import SHARD, Shards, read_meta, start_shards, write_shard
 
 # ---- 1. Words ------------------------------------------------------------------------------------
@@ -91,10 +91,8 @@ def encode_words(caption: str, length: int) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def scene_prompts() -> "Prompts":
-    """The captions from which scenes.py draws its training images, and after them those that name a
-    held-out pair."""
-    captions = [*caption_list(), *caption_list(held_out=True)]
-    return Prompts([str(caption) for caption in captions], LONGEST_CAPTION)
+    """The prompts of scenes.py, in the order of `indexed_captions`."""
+    return Prompts([str(caption) for caption in indexed_captions()], LONGEST_CAPTION)
 
 
 # ---- 2. Prompts ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import signal
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -79,14 +80,12 @@ def micro_batches(batch: tuple, runtime: Runtime) -> list[tuple]:
     return list(zip(*pieces, strict=True))
 
 
-@contextmanager
-def training_precision(runtime: Runtime):
-    """The context of forward and backward passes."""
-    with ExitStack() as stack:
-        if runtime.dtype != torch.float32 and runtime.device.type == "cpu":
-            # The backward pass of fused attention is very slow in 16 bits on a CPU.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
+def attention_kernel(runtime: Runtime):
+    """The context that chooses how attention is computed. The backward pass of the fused kernel is
+    very slow in 16 bits on a CPU."""
+    if runtime.dtype != torch.float32 and runtime.device.type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 @contextmanager
@@ -104,8 +103,8 @@ def explain_memory(samples: int):
 
 
 def make_scaler(runtime: Runtime) -> torch.amp.GradScaler:
-    """Gradients in float16 are scaled up, lest they become 0, and down again before the step. In
-    other dtypes this does nothing."""
+    """Gradients in float16 are scaled up, so that small ones do not become 0, and down again before
+    the step. In other dtypes this does nothing."""
     return torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
 
@@ -118,9 +117,9 @@ def accumulate_gradients(
     for i, batch in enumerate(batches, start=1):
         is_last = i == len(batches)
         # Processes exchange their gradients once, after the last micro-batch.
-        wait = world_size() > 1 and not is_last
-        precision = training_precision(runtime)
-        with network.no_sync() if wait else nullcontext(), precision, explain_memory(len(batch[0])):
+        postpone = world_size() > 1 and not is_last
+        exchange = network.no_sync() if postpone else nullcontext()
+        with exchange, attention_kernel(runtime), explain_memory(len(batch[0])):
             with runtime.autocast():
                 loss = loss_of(network, *batch) / len(batches)
             (scaler.scale(loss) if scaler else loss).backward()
@@ -132,10 +131,11 @@ class RecordedPass:
     """Runs compute(batches), which computes gradients and returns the loss, as a CUDA graph.
 
     In a pass of a small network, each of a thousand kernels takes less time than its launch. A CUDA
-    graph launches all of them at once. The first passes run as usual, outside the main stream, as
-    PyTorch asks: what they initialise cannot be recorded. The next pass is recorded, on copies of
-    its batches. From then on, the Python code of `compute` does not run again. Each batch is copied
-    over the recorded one, and the same kernels overwrite the gradients and the loss."""
+    graph launches all of them at once. The first passes run as usual, in a side stream, as PyTorch
+    requires: they initialise things that must not be part of a recording. The next pass is
+    recorded, on copies of its batches. From then on, the Python code of `compute` does not run
+    again. Each batch is copied over the recorded one, and the same kernels overwrite the gradients
+    and the loss."""
 
     def __init__(self, compute):
         self.compute = compute
@@ -206,7 +206,7 @@ def interrupts():
 
 
 @contextmanager
-def only_training(file: Path):
+def lock_checkpoint(file: Path):
     """Lock a checkpoint while it is trained. Raises UserError where another process trains it, too:
     the two would overwrite each other's results. (Windows has no such locks.)"""
     lock_file = file.with_name(f".{file.name}.lock")
@@ -235,7 +235,7 @@ class SaveClock:
     def due(self) -> bool:
         return time.time() - self.saved > self.pause
 
-    def time(self, save):
+    def timed(self, save):
         """Call save() and note how long it took."""
         began = time.time()
         save()
@@ -337,11 +337,14 @@ def train(
     if saved is not None:
         load_weights(ema, saved["ema"], file)
         first, losses = saved["iteration"], saved["losses"]
-        if first < training.iterations:
-            loss_sum += restore(saved, file, model, optimizer, scaler)
-            print(f"continuing {file} at iteration {first:,} of {training.iterations:,}")
+        if first == training.iterations:
+            return ema, losses
+        loss_sum += restore(saved, file, model, optimizer, scaler)
+        print(f"continuing {file} at iteration {first:,} of {training.iterations:,}")
 
     def save(iteration: int):
+        if rank() > 0:
+            return
         content = dict(
             kind=kind,
             record=asdict(record),
@@ -357,20 +360,21 @@ def train(
 
     if runtime.compile:
         model.compile_layers()
-    network = share_gradients(model, device) if first < training.iterations else model
+    network = share_gradients(model, device)
 
-    def compute_gradients(batches: list[tuple]) -> torch.Tensor:
-        # Here, so that a pass is recorded without gradients: it then writes them, and adds nothing.
+    def run_pass(batches: list[tuple]) -> torch.Tensor:
+        # Gradients are cleared inside the pass: when it is recorded there are none yet, so that a
+        # replay overwrites the gradients instead of adding to them.
         optimizer.zero_grad(set_to_none=True)
         return accumulate_gradients(network, loss_of, batches, runtime, scaler)
 
     # (Prompts may be read from disk, which cannot be recorded.)
-    if runtime.can_record and not model.config.reads_text:
-        compute_gradients = RecordedPass(compute_gradients)
+    can_record = runtime.can_record and not model.config.reads_text
+    compute_gradients = RecordedPass(run_pass) if can_record else run_pass
     clock = SaveClock()
     iterations = range(first, training.iterations)
     progress = Progress(kind, iterations, start=first, unit="images", size=training.batch)
-    with only_training(file), interrupts() as interrupted:
+    with lock_checkpoint(file), interrupts() as interrupted:
         for iteration in progress:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(iteration, training)
@@ -386,8 +390,8 @@ def train(
             done = iteration + 1
             is_last = done == training.iterations
             stop = any_process(interrupted(), device)
-            keep = is_last or stop or any_process(clock.due(), device)
-            if keep or done % LOG_EVERY == 0:
+            save_now = is_last or stop or any_process(clock.due(), device)
+            if save_now or done % LOG_EVERY == 0:
                 loss_sum = all_reduce(loss_sum) / world_size()
                 if not loss_sum.isfinite() or scaler.get_scale() < SMALLEST_SCALE:
                     raise UserError(
@@ -395,12 +399,12 @@ def train(
                         "What was saved before stays"
                     )
             if is_last or done % LOG_EVERY == 0:
-                since = (done - 1) % LOG_EVERY + 1  # iterations since the last entry
-                losses.append((done, (loss_sum / since).item()))
+                period = (done - 1) % LOG_EVERY + 1  # iterations since the last entry
+                losses.append((done, (loss_sum / period).item()))
                 loss_sum = torch.zeros((), device=device)
                 progress.note = f"loss {losses[-1][1]:.5f}"
-            if keep:
-                clock.time(lambda done=done: save(done) if rank() == 0 else None)
+            if save_now:
+                clock.timed(partial(save, done))
                 wait_for_all()
             if rank() == 0 and losses and (is_last or stop):
                 draw_losses({kind: losses}, file.with_name(f"{file.stem}-loss.png"))

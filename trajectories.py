@@ -1,7 +1,7 @@
 """Trajectories, which a student learns from: the teacher's ODE, solved from many noises.
 
 A student reads each trajectory several times, and solving takes long. So trajectories are written
-to disk once, into shards (shards.py). Of a trajectory of which m states are kept, a shard holds
+to disk once, into shards (shards.py). If m states of each are kept, a shard holds of a trajectory
 
     label     ()                 the class
     x_T       (c, h, w)          the noise
@@ -12,7 +12,8 @@ in float16, and only the states or only the x0 where one is enough. A student of
 (m / S)-th of the kept states: 8 of them serve for 1, 2, 4 or 8 steps. Trajectory i depends on
 (seed, i) only, so that more can be added later.
 
-distill.py writes the trajectories that it needs. This program does it before, or on many machines:
+distill.py writes the trajectories that it needs. This program writes them beforehand, on several
+machines if you like:
 
     python trajectories.py                                  those of the default preset, textures
     python trajectories.py --preset cifar10 --worker 2/8    the second of eight parts of the work
@@ -42,6 +43,7 @@ from command_line import (
 from config import (
     ODE,
     PRESETS,
+    Student,
     StudentSettings,
     TeacherRecord,
     TrajectorySettings,
@@ -91,15 +93,15 @@ def describe(
     settings: TrajectorySettings,
     seed: int = 0,
 ) -> TrajectoryRecord:
-    """The record of the trajectories that these settings ask for. Raises UserError where a state is
-    to be kept after steps that the ODE does not take."""
+    """The record of the trajectories that these settings ask for. Raises UserError where the kept
+    steps do not rise, or do not end with the ODE's last step."""
     config, ode = teacher_record.model, teacher_record.ode
     kept = tuple(settings.kept_steps)
     is_rising = list(kept) == sorted(set(kept))
     if not is_rising or kept[0] < 1 or kept[-1] != ode.euler_steps:
         raise UserError(
-            f"states are kept after rising numbers of steps, the last after {ode.euler_steps}, "
-            f"but not after {' '.join(map(str, kept))}: see trajectories.py --kept-steps"
+            f"the kept steps (trajectories.py --kept-steps) must rise and end with "
+            f"{ode.euler_steps}, the ODE's last, but they are {' '.join(map(str, kept))}"
         )
     identity = fingerprint(teacher.state_dict())
     if hasattr(teacher.prompts, "fingerprint"):  # text.EncodedPrompts
@@ -132,10 +134,12 @@ def read_record(folder: Path) -> TrajectoryRecord | None:
 # ---- 2. Which of the kept states a student learns ------------------------------------------------
 
 
-def choose_targets(record: TrajectoryRecord, student: StudentSettings) -> tuple[int, ...]:
-    """Those of the kept steps at which a student's targets lie: every second one, say. Raises
-    UserError where the student's steps do not divide their number, and where what it learns is not
-    kept."""
+def choose_targets(
+    record: TrajectoryRecord, student: StudentSettings | Student
+) -> tuple[int, ...]:
+    """The kept steps that are a student's targets: every second one, for example. Raises UserError
+    where the number of kept steps is no multiple of the student's steps, and where what it learns
+    is not kept."""
     if record.keep not in (student.targets, "both"):
         raise UserError(
             f"of these trajectories only the {record.keep} are kept: use --targets "
@@ -162,14 +166,18 @@ class Trajectories:
     Raises UserError where some are missing, or are not what the student learns."""
 
     def __init__(
-        self, folder: Path, record: TrajectoryRecord, student: StudentSettings, count: int
+        self,
+        folder: Path,
+        record: TrajectoryRecord,
+        student: StudentSettings | Student,
+        count: int,
     ):
         self.ode = record.ode
         self.target_steps = choose_targets(record, student)
         self.seed = record.seed
         self.count = count
-        self.column = student.targets
-        self.targets = [record.kept_steps.index(step) for step in self.target_steps]
+        self.kind = student.targets  # "states" or "x0"
+        self.rows = [record.kept_steps.index(step) for step in self.target_steps]
         self.shards = Shards(folder, record.dtype, ceil(count / SHARD))
 
     def __len__(self):
@@ -181,7 +189,7 @@ class Trajectories:
         x, y = [], []
         for i in indices:
             x_T = self.shards.value("x_T", i)
-            targets = self.shards.value(self.column, i)[self.targets]       # (S, c, h, w)
+            targets = self.shards.value(self.kind, i)[self.rows]            # (S, c, h, w)
             x.append(np.concatenate([x_T[None], targets]))
             y.append(int(self.shards.value("label", i)))
         return torch.from_numpy(np.stack(x)).float(), torch.tensor(y)
@@ -203,7 +211,7 @@ def write_trajectories(
     kept. `worker`: see start_shards. Raises UserError where the folder holds something else."""
     shards = ceil(count / SHARD)
     missing = start_shards(folder, asdict(record), record.dtype, shards, worker)
-    solver = copy.deepcopy(teacher)  # prepare() rounds weights, from which students start
+    solver = copy.deepcopy(teacher)  # prepare() rounds its weights; students need the exact ones
     runtime.prepare(solver)
     for number in Progress("shards of trajectories", missing, unit="trajectories", size=SHARD):
         indices = range(number * SHARD, (number + 1) * SHARD)
@@ -220,7 +228,7 @@ def write_trajectories(
             record.dtype,
             label=y,
             x_T=x_T,
-            states=states[:, 1:],
+            states=states[:, 1:],  # without x_T
             x0=x0,
         )
     wait_for_all()
@@ -241,7 +249,7 @@ def solve_in_batches(teacher, record: TrajectoryRecord, x_T, y, runtime: Runtime
 
 
 def scale_steps(kept_steps: tuple[int, ...], euler_steps: int) -> tuple[int, ...]:
-    """The same places on the way for another number of Euler steps: a preset's (6, 12, 18, 24)
+    """The same fractions of the way, for another number of Euler steps: a preset's (6, 12, 18, 24)
     become (2, 4, 6, 8) for a teacher of 8."""
     return tuple(round(step * euler_steps / kept_steps[-1]) for step in kept_steps)
 
@@ -250,7 +258,7 @@ def open_trajectories(
     teacher,
     teacher_record: TeacherRecord,
     settings: TrajectorySettings,
-    student: StudentSettings,
+    student: StudentSettings | Student,
     folder: Path,
     runtime: Runtime,
 ) -> Trajectories:
@@ -260,17 +268,17 @@ def open_trajectories(
 
     Raises UserError, before the work, where they are another teacher's or not what the student
     learns."""
-    there = read_record(folder)
+    existing = read_record(folder)
     seed = 0
-    if there is None:
+    if existing is None:
         kept_steps = scale_steps(settings.kept_steps, teacher_record.ode.euler_steps)
         settings = replace(settings, kept_steps=kept_steps)
     else:
-        seed = there.seed
-        teacher_record = replace(teacher_record, ode=there.ode)
-        settings = replace(settings, kept_steps=there.kept_steps, keep=there.keep)
+        seed = existing.seed
+        teacher_record = replace(teacher_record, ode=existing.ode)
+        settings = replace(settings, kept_steps=existing.kept_steps, keep=existing.keep)
     record = describe(teacher, teacher_record, settings, seed)
-    choose_targets(record, student)  # raises
+    choose_targets(record, student)  # raises before the long work begins
     count = settings.count
     write_trajectories(teacher, teacher_record, record, folder, count, runtime)
     print(
@@ -315,16 +323,16 @@ def main():
     preset = PRESETS[flags.preset]
     runtime = runtime_from(flags, preset.bf16)
     runs = Path("runs") / flags.preset
-    teacher, record = find_teacher(
+    teacher, teacher_record = find_teacher(
         flags.teacher_file, flags.preset, runs, runtime.device, flags.teacher_kind
     )
-    record = use_prompts(teacher, record, flags.prompts)
-    record = replace(record, ode=override(record.ode, flags))
+    teacher_record = use_prompts(teacher, teacher_record, flags.prompts)
+    teacher_record = replace(teacher_record, ode=override(teacher_record.ode, flags))
     settings = override(preset.trajectories, flags)
     write_trajectories(
         teacher,
-        record,
-        describe(teacher, record, settings, flags.seed),
+        teacher_record,
+        describe(teacher, teacher_record, settings, flags.seed),
         flags.folder or runs / "trajectories",
         settings.count,
         runtime,

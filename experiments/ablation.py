@@ -8,7 +8,7 @@ factors; each of their values is a row:
     baseline                the student itself
     kind                    what is learned and predicted: states with a direction, states, or x0
                             predictions, these also with history in all layers
-    history                 window, anchor, causal
+    mask                    window, anchor, causal
     history_layers          N: one layer, a third, half and all of them
     noise_shortcut          with, without, and the shortcut alone (N = 0)
     extra_layers            a larger network without history, of no lower cost
@@ -38,7 +38,6 @@ import math
 import statistics
 import sys
 from dataclasses import asdict, fields, replace
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -62,10 +61,11 @@ from distill import add_student_flags, distill, make_student
 from evaluate import (
     ADHERENCE_COLUMNS,
     Evaluator,
+    compare,
     count_macs,
     exposure_bias,
     few_step_with_shuffled_history,
-    reads_history,
+    teacher_method,
     teacher_trajectory,
 )
 from files import (
@@ -81,7 +81,6 @@ from machine import Runtime, add_machine_flags, runtime_from
 from model import DiT
 from pretrained import find_teacher
 from sample import few_step
-from teacher import solve
 from trajectories import open_trajectories
 
 PARTS = ("ode", "trajectories", "student", "distillation")  # of a preset: what the factors change
@@ -271,7 +270,7 @@ class Ablation:
         with self.runtime.autocast():
             trajectory = teacher_trajectory(self.teacher, record.student, x_T, y)
             exposure = exposure_bias(model, record.student, trajectory, y)
-            if reads_history(record):
+            if record.reads_history:
                 states = few_step_with_shuffled_history(model, record.student, x_T, y)
                 error = (states[:, -1] - trajectory[:, -1]).square().mean().item()
                 row["shuffled"] = error / exposure["own"][-1]
@@ -299,24 +298,14 @@ class Ablation:
     def teacher_rows(self, baseline: Preset, few_steps: list[int]) -> dict[str, dict]:
         """The teacher at its full steps, and at these numbers of steps. Before it, for scenes, true
         ones: how well their captions can be read back."""
-        evaluator, rows = self.evaluator(baseline.ode), {}
-        for euler_steps in (baseline.ode.euler_steps, *few_steps):
-            ode = replace(baseline.ode, euler_steps=euler_steps)
-            title = f"teacher, {euler_steps} steps"
-            if rows:
-                row = evaluator(partial(self.teacher_images, ode), title)
-            else:
-                row = evaluator.teacher_row
-            calls = euler_steps * ode.calls_per_step
-            gmacs = calls * count_macs(self.teacher.config) / 1e9
-            rows[title] = dict(calls=calls, gmacs=gmacs) | row
+        evaluator, methods = self.evaluator(baseline.ode), {}
+        for steps in (baseline.ode.euler_steps, *few_steps):
+            ode = replace(baseline.ode, euler_steps=steps)
+            methods[f"teacher, {steps} steps"] = teacher_method(self.teacher, ode)
+        rows = compare(methods, evaluator)
         if evaluator.has_captions:
             rows = {"true scenes": evaluator.real_row} | rows
         return rows
-
-    def teacher_images(self, ode: ODE, x_T, y):
-        states, _ = solve(self.teacher, ode, x_T, y, keep=[ode.euler_steps])
-        return states[:, -1]
 
 
 def title_of(factor: str, changes: dict) -> str:

@@ -395,7 +395,8 @@ def measure_second_stage(bench: Bench) -> dict[str, dict]:
     )
     first = random_network(bench.config, bench.device)
     teacher = random_network(replace(bench.config, history_layers=0), bench.device)
-    trainer = GANTrainer(first, record, teacher, replace(bench.runtime, compile=False))
+    runtime = replace(bench.runtime, compile=False)
+    trainer = GANTrainer(first, record, teacher, runtime, inputs={})
     count = GROUP * math.ceil(bench.batch / GROUP)  # the discriminator compares images in groups
     trajectory = bench.noise(count, STUDENT.steps + 1, 4, 32, 32)
     noise, real, real_noise = bench.noise(3, count, 4, 32, 32)

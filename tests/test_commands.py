@@ -157,7 +157,7 @@ BAD = [
     ("GAN --batch 12", "a batch of 12 cannot be split"),
     ("TEACHER --preset points --size N/2", "1 pixels cannot be cut into patches of 2"),
     ("TEACHER --preset points --predicts eps", "use --predicts v, or --noise-path ddpm"),
-    ("TRAJECTORIES --kept-steps 3 2 8", "rising numbers of steps, the last after 24"),
+    ("TRAJECTORIES --kept-steps 3 2 8", "must rise and end with 24, the ODE's last, but they are 3 2 8"),
     # images
     ("GAN --data GOOD/images", "cannot read the image GOOD/images/ant/1.png"),
     ("TEACHER --data GOOD/none", "no such folder of images: GOOD/none"),

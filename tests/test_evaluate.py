@@ -29,7 +29,7 @@ from evaluate import (
     Evaluator,
     attention_shares,
     chance_of,
-    check_classes,
+    check_same_classes,
     compare_degradations,
     content_key,
     count_macs,
@@ -366,13 +366,13 @@ def test_one_class_has_random_features(quick_classifier, capsys):
 
 def test_classes_must_be_those_of_the_network():
     images = some_images(classes=3)
-    check_classes(("0", "1", "2"), images)
-    check_classes(("face",), some_images(classes=1))  # one class has any name
+    check_same_classes(("0", "1", "2"), images)
+    check_same_classes(("face",), some_images(classes=1))  # one class has any name
     images.classes = ("ant", "bee", "cat")
-    check_classes(("0", "1", "2"), images)  # a public network does not name its classes
+    check_same_classes(("0", "1", "2"), images)  # a public network does not name its classes
     for classes in (("ant", "bee", "dog"), ("ant", "bee"), ("0", "1")):
         with pytest.raises(UserError, match="other classes"):
-            check_classes(classes, images)
+            check_same_classes(classes, images)
 
 
 # ---- the evaluator -------------------------------------------------------------------------------
@@ -411,8 +411,8 @@ def test_batches_are_never_a_single_sample(quick_classifier, few_shapes):
         sizes.append(len(y))
         return x_T
 
-    config = replace(record.data, source=None)
-    evaluator = Evaluator(teacher, record, record.ode, 65, CPU, config)
+    record = replace(record, data=replace(record.data, source=None))
+    evaluator = Evaluator(teacher, record, record.ode, 65, CPU)
     row = evaluator(run, "any")
     assert sorted(sizes) == [21, 22, 22]
     assert set(row) == {"ms", "error"}  # without data, there are no distances

@@ -176,7 +176,7 @@ def test_the_students_loss_and_gradients(on_policy):
     first, record = student_of(random_dit(seed=1), history_layers=2)
     record = make_record(record, replace(SETTINGS, weight=10.0), on_policy=on_policy)
     teacher = random_dit()
-    trainer = GANTrainer(first, record, teacher, CPU)
+    trainer = GANTrainer(first, record, teacher, CPU, {})
     trainer.iteration = SETTINGS.warmup
     trainer.discriminator.eval()  # no power iteration: the same function at each call
     batch = gan.draw_batch(FewTrajectories(), few_images(), TRAINING, 0)
@@ -208,7 +208,7 @@ def test_the_students_loss_and_gradients(on_policy):
 def test_the_discriminators_loss_and_gradients():
     first, record = student_of(random_dit(seed=1), history_layers=2)
     teacher = random_dit()
-    trainer = GANTrainer(first, make_record(record), teacher, CPU)
+    trainer = GANTrainer(first, make_record(record), teacher, CPU, {})
     trainer.discriminator.eval()
     batch = gan.draw_batch(FewTrajectories(), few_images(), TRAINING, 0)
     _, y, noise, real, real_y, real_noise = batch
@@ -237,7 +237,7 @@ def test_compiled_layers_compute_the_same(monkeypatch):
     logged = []
     for use in (False, True):
         teacher = random_dit()
-        trainer = GANTrainer(first, record, teacher, replace(CPU, compile=use))
+        trainer = GANTrainer(first, record, teacher, replace(CPU, compile=use), {})
         for iteration in range(3):
             batch = gan.draw_batch(FewTrajectories(), few_images(), TRAINING, iteration)
             trainer.step(batch)
@@ -252,7 +252,7 @@ def test_the_discriminator_learns_from_the_images_that_the_student_has_just_made
     """With two micro-batches, and before the student's step."""
     first, record = student_of(random_dit(seed=1), history_layers=2)
     record = make_record(record, batch=16, on_policy=0.0)
-    trainer = GANTrainer(first, record, random_dit(), replace(CPU, accumulate=2))
+    trainer = GANTrainer(first, record, random_dit(), replace(CPU, accumulate=2), {})
     batch = gan.draw_batch(FewTrajectories(), few_images(), record.gan_training, 0)
     before, seen, loss_of = copy.deepcopy(trainer.model), [], trainer.discriminator_loss
 

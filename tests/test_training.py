@@ -330,7 +330,7 @@ def test_saving_takes_a_twentieth_of_the_time_at_most(monkeypatch):
     for duration, pause in ((0.1, 60), (30, 600), (0.1, 60)):
         pass_time(601)
         assert clock.due()
-        clock.time(lambda duration=duration: pass_time(duration))
+        clock.timed(lambda duration=duration: pass_time(duration))
         pass_time(pause - 1)
         assert not clock.due()
         pass_time(2)
@@ -450,7 +450,7 @@ def test_two_trainings_at_once_do_not_share_a_file(tmp_path):
 
 def test_a_killed_training_leaves_no_lock(tmp_path):
     script = "import sys, os, training, pathlib\n"
-    script += "with training.only_training(pathlib.Path(sys.argv[1])): os._exit(9)"
+    script += "with training.lock_checkpoint(pathlib.Path(sys.argv[1])): os._exit(9)"
     command = [sys.executable, "-c", script, tmp_path / "out.pt"]
     assert subprocess.run(command, cwd=ROOT).returncode == 9
     assert (tmp_path / ".out.pt.lock").exists()

@@ -218,7 +218,7 @@ def test_values_that_are_not_finite_are_refused(teacher, tmp_path):
 
 @pytest.mark.parametrize("kept", [(4, 17), (6, 4, 16), (4, 6), (4, 4, 16), (0, 16)])
 def test_kept_steps_must_be_steps_of_the_ode(teacher, kept):
-    with pytest.raises(UserError, match="rising numbers of steps, the last after 16, but"):
+    with pytest.raises(UserError, match="must rise and end with 16, the ODE's last, but"):
         describe(teacher, RECORD, TrajectorySettings(8, kept))
 
 
@@ -330,7 +330,7 @@ def test_the_program_writes_what_its_flags_say(monkeypatch, tmp_path):
     meta = json.loads((folder / "meta.json").read_text())
     assert meta["ode"] == asdict(ODE("flow", "v", euler_steps=6, guidance_scale=1.5))
     assert (meta["kept_steps"], meta["keep"], meta["seed"]) == ([3, 6], "x0", 2)
-    with pytest.raises(UserError, match="the last after 6, but not after 3 6 9 12 15 18 21 24"):
+    with pytest.raises(UserError, match="with 6, the ODE's last, but they are 3 6 9 12 15 18 21 24"):
         run(monkeypatch, flags)
 
 
