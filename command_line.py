@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from files import UserError, one_line
-from machine import add_machine_flags, is_lack_of_memory, rank, wait_for_all, world_size
+from files import UserError, is_lack_of_memory, one_line
+from machine import add_machine_flags, rank, wait_for_all, world_size
 
 
-ADVICE = {  # for errors of the system
+ADVICE = {  # what to do about some errors of the operating system
     errno.ENOSPC: "make room, and give the same command again",
     errno.EDQUOT: "make room, and give the same command again",
     errno.EFBIG: "allow larger files, with ulimit -f unlimited",
@@ -27,8 +27,9 @@ ADVICE = {  # for errors of the system
 
 
 def run_program(main):
-    """Run a script's main(), under torchrun as one of several processes. A UserError, a lack of
-    memory or Ctrl-C ends it with one line and without a traceback; the exit status is 1 or 130."""
+    """Run a script's main(), under torchrun as one of several processes. A UserError, an error of
+    the operating system, a lack of memory or Ctrl-C ends it with one line and without a traceback;
+    the exit status is 1 or 130."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # they may have been closed: 2>&-
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show is written as \u03b1
@@ -38,7 +39,8 @@ def run_program(main):
         if world_size() > 1:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
-            sys.stdout = sys.stdout if rank() == 0 else open(os.devnull, "w")
+            if rank() > 0:
+                sys.stdout = open(os.devnull, "w")
         main()
         if world_size() > 1:
             wait_for_all()
@@ -82,7 +84,7 @@ def make_parser(docstring: str) -> argparse.ArgumentParser:
 
 
 def number(kind: type, least, most=None):
-    """An int or a float from `least` on, up to `most` where that is given."""
+    """A type for argparse: an int or a float from `least` on, up to `most` where that is given."""
     name = "whole number" if kind is int else "number"
     limits = f"from {least} up" if most is None else f"from {least} to {most}"
     largest = 2**31 - 1 if most is None else most
@@ -92,7 +94,7 @@ def number(kind: type, least, most=None):
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not value >= least:  # (NaN is not)
+        if value is None or not value >= least:  # this also refuses NaN
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
         if value > largest:
             raise argparse.ArgumentTypeError(f"{text!r} is too large: at most {largest}")
@@ -108,7 +110,7 @@ fraction = number(float, 0, 1)
 
 
 def worker(text: str) -> tuple[int, int]:
-    """"2/8" -> (1, 8): the second of eight workers, counted from 0."""
+    """The second of eight workers, "2/8", as (1, 8): counted from 0."""
     i, _, k = text.partition("/")
     if not (i.isdecimal() and k.isdecimal() and 1 <= int(i) <= int(k)):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/K, such as 2/8: the second of eight")
@@ -120,8 +122,13 @@ def worker(text: str) -> tuple[int, int]:
 
 def add_teacher_flags(parser):
     """Which teacher: see find_teacher in pretrained.py."""
-    add = parser.add_argument
-    add("--teacher", dest="teacher_file", type=Path, metavar="FILE", help="its checkpoint")
+    parser.add_argument(
+        "--teacher",
+        dest="teacher_file",
+        type=Path,
+        metavar="FILE",
+        help="the teacher's checkpoint (default: the one for the preset)",
+    )
     add_teacher_kind(parser)
 
 
@@ -144,7 +151,8 @@ def add_prompts_flag(parser):
 
 
 def add_training_flags(parser):
-    """The flags of every training. Those with a preset's value have no default here."""
+    """The flags of every training. Those that replace a preset's value have no default: None means
+    that they were not given."""
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--iterations", type=positive_int, help="training steps")

@@ -90,17 +90,19 @@ class ModelConfig:
     def reads_text(self) -> bool:
         return self.text_width > 0
 
-    @property
-    def reads_history(self) -> bool:
-        """Whether a state's output depends on earlier states, where there are any."""
-        looks_back = self.mask != "none" and self.history_layers > 0
-        return looks_back or self.noise_shortcut
+
+def sees_history(network, steps: int) -> bool:
+    """Whether a student of so many steps reads earlier states, by attention or by the noise
+    shortcut. network: ModelConfig or StudentSettings."""
+    looks_back = network.mask != "none" and network.history_layers > 0
+    return steps > 1 and (looks_back or network.noise_shortcut)
 
 
 def parse_size(name: str) -> dict:
-    """"XL/2" -> the width, depth, heads and patch of that network. Raises ValueError."""
+    """The width, depth, heads and patch of a network that is named like "XL/2". Raises
+    ValueError."""
     letters, _, patch = name.removeprefix("DiT-").partition("/")
-    if letters not in SIZES or not patch.isdecimal() or patch == "0":
+    if letters not in SIZES or not patch.isdecimal() or int(patch) == 0:
         known = ", ".join(SIZES)
         raise ValueError(f"no model size {name!r}: write SIZE/PATCH, with a size of {known}")
     return SIZES[letters] | dict(patch=int(patch))
@@ -113,8 +115,8 @@ def parse_size(name: str) -> dict:
 class ODE:
     """The probability-flow ODE of a teacher, and how it is solved (teacher.py)."""
 
-    noise_path: Literal["flow", "ddpm", "sit", "repa"]  # the last two: of public networks
-    predicts: Literal["v", "eps"]  # what the network predicts
+    noise_path: Literal["flow", "ddpm", "sit", "repa"]  # sit, repa: of public networks
+    predicts: Literal["v", "eps"]  # the network: the velocity, or the noise
     euler_steps: int
     guidance_scale: float = 1.0  # classifier-free guidance; 1 is none
     guided_channels: int | None = None  # guide only the first few channels; None: all
@@ -165,11 +167,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Training:
-    """What a training's result depends on, beside its data and its first weights."""
+    """What a training's result depends on, beside its data and its first weights. (All trainings
+    use AdamW without weight decay, and clip gradients at 1.)"""
 
     iterations: int
     batch: int
-    lr: float  # the highest learning rate; AdamW without weight decay, gradients clipped at 1
+    lr: float  # the highest learning rate
     ema_decay: float  # of the moving average of the weights, which is the result
     schedule: Literal["cosine", "constant"] = "cosine"  # after a linear warm-up; cosine: down to 0
     on_policy: float = 0.0  # the fraction of each batch that reads the student's own history
@@ -180,12 +183,14 @@ class Training:
 @dataclass(frozen=True)
 class TrajectorySettings:
     count: int  # trajectories to train on
-    kept_steps: tuple[int, ...]  # Euler steps taken at each of the states that are kept after x_T
+    kept_steps: tuple[int, ...]  # after how many Euler steps a state is kept; x_T always is
     keep: Literal["states", "x0", "both"] = "both"  # x0: clean predictions
 
 
 @dataclass(frozen=True)
 class StudentSettings:
+    """From these, make_student (distill.py) makes a ModelConfig and a Student."""
+
     steps: int  # S
     targets: str  # see Student
     output: str  # see Student
@@ -196,6 +201,10 @@ class StudentSettings:
     timesteps: tuple[float, ...] | None = None  # default: those of the states' own times
     extra_layers: int = 0  # that the teacher does not have: a control for the history's cost
 
+    @property
+    def reads_history(self) -> bool:
+        return sees_history(self, self.steps)
+
 
 @dataclass(frozen=True)
 class GAN:
@@ -204,7 +213,7 @@ class GAN:
     discriminator_lr: float
     hidden: int  # width of a discriminator head
     noise_level: float  # images are judged at this fraction of the noise path's time
-    weight: float  # λ balances the gradients of both losses; this factor scales it. 0: no GAN loss
+    weight: float  # a factor of λ, which balances the gradients of both losses; 0: no GAN loss
     warmup: int  # first iterations, in which only the discriminator learns from images
 
 
@@ -219,7 +228,7 @@ class Preset:
     distillation: Training
     gan: GAN | None = None
     gan_training: Training | None = None
-    bf16: bool = True  # where the machine multiplies in bfloat16
+    bf16: bool = True  # multiply in 16 bits, where the machine does it fast
     checkpointing: bool = False
 
 
@@ -248,13 +257,12 @@ class StudentRecord:
     teacher: str  # fingerprint of its teacher's weights; "" where a public file does not say
     trajectories: int  # that it was trained on
     training: Training
-    gan: GAN | None = None  # the second stage, if it had one, and
-    gan_training: Training | None = None  # how that was trained
+    gan: GAN | None = None  # the second stage, if it had one
+    gan_training: Training | None = None  # how the second stage was trained
 
     @property
     def reads_history(self) -> bool:
-        """Whether the student reads earlier states: in a single step there are none."""
-        return self.model.reads_history and self.student.steps > 1
+        return sees_history(self.model, self.student.steps)
 
 
 @dataclass(frozen=True)
@@ -266,8 +274,8 @@ class ClassifierRecord:
 
 
 def from_dict(kind: type, values: dict):
-    """The dataclass `kind` that `dataclasses.asdict` made `values` of. Raises KeyError, TypeError
-    or ValueError where they are not such values."""
+    """Undo `dataclasses.asdict`: make the dataclass `kind` of a dict. Raises AttributeError,
+    KeyError, TypeError or ValueError where the values are not such."""
     hints = typing.get_type_hints(kind)
     unknown = set(values) - set(hints)
     if unknown:
@@ -323,12 +331,17 @@ def evenly(euler_steps: int, count: int) -> tuple[int, ...]:
 PUBLIC_DIT_ODE = ODE(
     noise_path="ddpm", predicts="eps", euler_steps=25, guidance_scale=1.5, guided_channels=3
 )
-# The authors' student predicts x_0 after these steps, and is given these timesteps.
-AUTHORS_TARGET_STEPS = (10, 15, 20, 25)
-AUTHORS_TIMESTEPS = (999.0, 749.25, 499.5, 249.75)
+# The student of the authors' code predicts x_0 in four of the 25 steps.
+AUTHORS_STUDENT = Student(
+    ode=PUBLIC_DIT_ODE,
+    target_steps=(10, 15, 20, 25),
+    targets="x0",
+    output="state",
+    timesteps=(999.0, 749.25, 499.5, 249.75),
+)
 
 FLOW_24 = ODE(noise_path="flow", predicts="v", euler_steps=24)
-# What copies best: the states of the ODE, and a network that predicts the direction of a step.
+# What copies a teacher best: to learn states of the ODE, and predict the direction of a step.
 COPY = StudentSettings(steps=4, targets="states", output="direction", history_layers=3)
 SMALL_GAN = GAN(discriminator_lr=3e-3, hidden=64, noise_level=0.02, weight=1.0, warmup=200)
 
@@ -405,7 +418,7 @@ PRESETS = {
             iterations=400_000, batch=256, lr=1e-4, ema_decay=0.9999, schedule="constant"
         ),
         trajectories=TrajectorySettings(
-            count=1_280_000, kept_steps=AUTHORS_TARGET_STEPS, keep="x0"
+            count=1_280_000, kept_steps=AUTHORS_STUDENT.target_steps, keep="x0"
         ),
         student=StudentSettings(
             steps=4,
@@ -413,7 +426,7 @@ PRESETS = {
             output="state",
             history_layers=6,
             output_layer_per_step=True,
-            timesteps=AUTHORS_TIMESTEPS,
+            timesteps=AUTHORS_STUDENT.timesteps,
         ),
         distillation=Training(
             iterations=300_000, batch=64, lr=1e-4, ema_decay=0.9999, schedule="constant"

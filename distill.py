@@ -306,7 +306,7 @@ def main():
     same_path = teacher_record.ode.noise_path == unchanged.ode.noise_path
     if settings.steps != unchanged.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
-    config = student_config(teacher_record, settings)  # raises before the long work begins
+    student_config(teacher_record, settings)  # raises before the long work begins
     home = out if (out / "teacher.pt").exists() else runs
     trajectories = open_trajectories(
         teacher,
@@ -317,7 +317,7 @@ def main():
         runtime,
     )
     students = {"student.pt": settings}
-    if config.reads_history and settings.steps > 1 and not flags.no_control:
+    if settings.reads_history and not flags.no_control:
         students["no-history.pt"] = replace(settings, history_layers=0, noise_shortcut=False)
     trained, losses = {}, {}
     for file, chosen in students.items():

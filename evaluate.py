@@ -50,7 +50,13 @@ from einops import rearrange, reduce
 from torch import nn
 
 import data
-from command_line import add_teacher_kind, make_parser, number, run_program
+from command_line import (
+    add_prompts_flag,
+    add_teacher_kind,
+    make_parser,
+    number,
+    run_program,
+)
 from config import ODE, ClassifierRecord, ModelConfig, Student, StudentRecord, Training
 from figures import draw_curves, draw_losses, new_figure, plain, save_figure
 from files import (
@@ -65,9 +71,17 @@ from files import (
 from machine import Progress, Runtime, add_machine_flags, runtime_from, synchronise
 from metrics import coverage, frechet, moments
 from model import history_mask
+from pixart import use_prompts
 from pretrained import ASSETS, load_network
 from sample import few_step, predict_all
-from scenes import CATEGORIES, adherence, caption_list, caption_weights, indexed_captions
+from scenes import (
+    CATEGORIES,
+    adherence,
+    caption_list,
+    caption_weights,
+    indexed_captions,
+    read_scene,
+)
 from teacher import solve
 from text import prompt_length
 from training import learning_rate, make_optimizer
@@ -461,8 +475,9 @@ def caption_scores(images, y) -> dict[str, float]:
     known = indexed_captions()
     captions = [known[index] for index in y]
     pixels = rearrange(data.to_uint8(images), "b h w c -> b c h w")
+    scenes = [read_scene(image) for image in pixels]
     shifted = captions[1:] + captions[:1]
-    return adherence(pixels, captions) | {"another's": adherence(pixels, shifted)["all right"]}
+    return adherence(scenes, captions) | {"another's": adherence(scenes, shifted)["all right"]}
 
 
 def check_same_classes(classes: tuple[str, ...], *data_sets: data.Dataset):
@@ -873,6 +888,7 @@ def parse_flags():
     add("runs", type=Path, nargs="*", default=[shipped], metavar="RUN", help="folders or students")
     add("--teacher", type=Path, metavar="FILE", help="checkpoint (default: found by its weights)")
     add_teacher_kind(parser)
+    add_prompts_flag(parser)
     folder = dict(metavar="DIR", type=data.data_source)
     add("--data", **folder, help="the data set, if it is not where the teacher saw it")
     add("--test", **folder, help="real images to compare with (default: the held-out ones)")
@@ -887,10 +903,13 @@ def main():
     runtime = runtime_from(flags)
     out = output_folder(flags.out, "evaluation.json", "samples.png")
     students = find_students(flags.runs, runtime.device)
-    _, record = next(iter(students.values()))
+    for name, (model, record) in students.items():
+        students[name] = model, use_prompts(model, record, flags.prompts)
+    model, record = next(iter(students.values()))
     teacher = find_teacher_of(
         record, flags.runs[0], flags.teacher, runtime.device, flags.teacher_kind
     )
+    teacher.prompts = model.prompts
     if flags.data:
         record = replace(record, data=replace(record.data, source=flags.data))
     ode = record.student.ode

@@ -14,7 +14,7 @@ def new_figure(width: float, height: float, columns: int = 1):
 
 
 def plain(label: str) -> str:
-    """A label in which a "$", as in the name of a folder, begins no formula."""
+    """Escapes "$", so that matplotlib does not take the name of a folder for a formula."""
     return label.replace("$", r"\$")
 
 
@@ -22,12 +22,12 @@ def save_figure(figure: Figure, file: Path):
     replace_file(file, lambda opened: figure.savefig(opened, dpi=110, bbox_inches="tight"))
 
 
-def draw_curves(curves: list[tuple], file: Path, **words):
-    """Curves (x, y, format, label), y on a logarithmic axis. `words`: title, xlabel and ylabel."""
+def draw_curves(curves: list[tuple], file: Path, **labels):
+    """Curves (x, y, style, label), y on a logarithmic axis. `labels`: title, xlabel and ylabel."""
     figure, [axis] = new_figure(6.5, 4.2)
     for x, y, style, label in curves:
         axis.plot(x, y, style, label=plain(label))
-    axis.set(yscale="log", **words)
+    axis.set(yscale="log", **labels)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     save_figure(figure, file)

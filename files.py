@@ -1,11 +1,11 @@
-"""Files: written whole or not at all, checkpoints, and messages for what a user can put right.
+"""Writing files whole or not at all; checkpoints; and UserError, for what a user can put right.
 
 A checkpoint is one file, a dict:
 
     kind         "teacher", "student" or "classifier"
     record       what it is and how it came to be: a dataclass of config.py, as a dict
     ema          the averaged weights, which is what one uses
-    ...          and, so that a training can be continued, what training.py adds
+    ...          what training.py needs to continue a training
 
 It is read with `weights_only=True`, so that a file from elsewhere can run no code.
 """
@@ -108,12 +108,19 @@ def optional_import(name: str, install: str = "-r requirements-imagenet.txt"):
         return importlib.import_module(name)
     except Exception as error:  # a package made for another PyTorch raises all sorts of exceptions
         is_missing = isinstance(error, ModuleNotFoundError)
-        missing = error.name if is_missing else name  # maybe a package that the wanted one needs
-        package = missing.partition(".")[0].replace("_", "-")
+        culprit = is_missing and error.name or name  # maybe a package that the wanted one needs
+        package = culprit.partition(".")[0].replace("_", "-")
         broken = "" if is_missing else f", which is there but broken ({one_line(error)})"
         raise UserError(
             f"this needs the package {package}{broken}: pip install {install}"
         ) from None
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether an error says that the main memory, or a GPU's, is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return "allocate memory" in str(error)  # what PyTorch says on a CPU
 
 
 def one_line(error: Exception) -> str:
@@ -129,12 +136,15 @@ def read_checkpoint(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no such checkpoint: {path}")
-    with open(path, "rb") as file:  # a file, not its name: torch.load would go by the suffix
+    with open(path, "rb") as file:  # not by its name: torch.load would go by the suffix
         try:
             check_archive(file)
-            with torch.serialization.safe_globals([argparse.Namespace]):  # in public training files
+            # Public checkpoints also hold the Namespace of their flags.
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception:  # a damaged file makes torch.load raise all sorts of exceptions
+        except Exception as error:  # a damaged file makes torch.load raise all sorts of exceptions
+            if is_lack_of_memory(error):
+                raise
             raise UserError(
                 f"{path} cannot be read: it is no checkpoint, or is damaged. Name another file, or "
                 "remove this one and make it again"
@@ -149,7 +159,9 @@ def check_archive(file):
     (Files older than PyTorch 1.6 are no archives, and have none.)"""
     if zipfile.is_zipfile(file):
         archive = zipfile.ZipFile(file)
-        marked = any(entry.external_attr for entry in archive.infolist())  # PyTorch writes zeros
+        # An entry that is marked as a folder would be skipped, and its weight be left as it is in
+        # uninitialised memory. PyTorch marks none.
+        marked = any(entry.external_attr for entry in archive.infolist())
         if marked or archive.testzip():
             raise ValueError("a checksum differs, or an entry is marked as something else")
     file.seek(0)
@@ -163,16 +175,20 @@ def load_checkpoint(path: str | Path, *kinds: str) -> dict:
 
 
 def check_checkpoint(content: dict, path, *kinds: str) -> dict:
+    """`content`, in which the record has become a dataclass. Raises as load_checkpoint."""
     kind = content.get("kind")
     if kind not in list(RECORDS) or not {"record", "ema"} <= content.keys():
-        raise UserError(f"{path} is not a checkpoint of this project: it has no 'kind' or 'record'")
+        raise UserError(
+            f"{path} is not a checkpoint of this project: its kind, record or ema is missing or "
+            "unknown"
+        )
     if kind not in kinds:
         raise UserError(f"{path} holds a {kind}, and a {' or '.join(kinds)} is needed")
-    for name, kind_of_value in dict(ema=dict, iteration=int, losses=list).items():
+    for name, kind_of_value in dict(ema=dict, model=dict, iteration=int, losses=list).items():
         if not isinstance(content.get(name, kind_of_value()), kind_of_value):
             raise UserError(f"{path} is damaged: its {name} is no {kind_of_value.__name__}")
     if not all(is_loss(entry) for entry in content.get("losses", [])):
-        raise UserError(f"{path} is damaged: its losses are not (iteration, loss), …")
+        raise UserError(f"{path} is damaged: its losses are not pairs (iteration, loss)")
     try:
         record = from_dict(RECORDS[kind], content["record"])
         if kind != "classifier":
@@ -195,7 +211,9 @@ def check_classes(record: TeacherRecord | StudentRecord):
     if count != record.model.classes and not has_no_names:
         raise ValueError(f"{count} names for {record.model.classes} classes")
     if weights and not (len(weights) == count and abs(sum(weights) - 1) < 1e-3):
-        raise ValueError(f"{len(weights)} frequencies of {count} classes, with a sum of not 1")
+        raise ValueError(
+            f"{len(weights)} frequencies of {count} classes, with the sum {sum(weights):g}"
+        )
 
 
 def load_weights(module: torch.nn.Module, weights: dict, path):
@@ -227,7 +245,9 @@ def export_file(path: str | Path) -> Path:
 def export(path: str | Path, kind: str, record: dict, weights: dict):
     """Write a checkpoint for use only: the weights in float16, no optimizer state."""
     half = {name: weight.half() for name, weight in weights.items()}
-    check_finite(half, "the network, in float16,")
+    for name, weight in half.items():
+        if not weight.isfinite().all():
+            raise UserError(f"{name} has values that float16 cannot hold: nothing is exported")
     content = dict(kind=kind, record=record, ema=half)
     replace_file(export_file(path), lambda file: torch.save(content, file))
     print(f"wrote {path}")

@@ -486,7 +486,7 @@ def train_gan(
 # ---- 5. The program ------------------------------------------------------------------------------
 
 
-def draw_curves(losses: list[tuple], file: Path):
+def draw_gan_curves(losses: list[tuple], file: Path):
     """Write a picture of what train_gan returns: a panel for each of CURVES."""
     iterations, *curves = zip(*losses, strict=True)
     figure, axes = new_figure(16, 2.8, columns=len(CURVES))
@@ -568,7 +568,7 @@ def main():
     students[name] = (ema, record)
     if rank() > 0:
         return
-    draw_curves(losses, out / "gan.png")
+    draw_gan_curves(losses, out / "gan.png")
     report(teacher, students, {name: losses}, out, runtime)
 
 

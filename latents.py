@@ -1,8 +1,8 @@
 """Latents: images, encoded once by an autoencoder.
 
-At 256 pixels and more, diffusion works on the latents of an autoencoder, which are 8 times smaller
-a side and have 4 channels (arXiv 2112.10752). Encoding takes long, so it is done once, into shards
-on disk (shards.py). A latent is a sample of the autoencoder's posterior, times 0.18215.
+At 256 pixels and more, diffusion works on the latents of an autoencoder, which have an eighth of
+the pixels a side, and 4 channels (arXiv 2112.10752). Encoding takes long, so it is done once, into
+shards on disk (shards.py). A latent is a sample of the autoencoder's posterior, times 0.18215.
 
     pip install -r requirements-imagenet.txt                     for `diffusers`
     python latents.py --images IMAGENET/train --out latents      IMAGENET/train/<class>/*.jpg
@@ -10,8 +10,8 @@ on disk (shards.py). A latent is a sample of the autoencoder's posterior, times 
     python teacher.py --preset imagenet256 --data latents
 
 The files that a folder of latents is made of are listed once, in its files.json, and shard k holds
-the k-th SHARD of them. What was stopped continues. An image that cannot be read is reported at the
-end, and its shard is left out until that image has been repaired, or removed.
+the k-th 256 of them. What was stopped is continued by the same command. An image that cannot be
+read is reported at the end, and its shard is left out until that image is repaired, or removed.
 """
 
 import startup  # noqa: F401  before the large packages
@@ -126,11 +126,13 @@ def encode_shard(
     meta: dict,
     runtime: Runtime,
 ) -> dict:
-    """The columns of a shard: of those of the listed images {path: label} that are still there.
+    """The columns of a shard, made of those of its images {path: label} that are still there.
     Raises UserError where one of them cannot be read, and where none is there."""
     names = [name for name in listed if (root / name).exists()]
     if not names:
-        raise UserError(f"{root / min(listed)} and the others of its shard are missing")
+        raise UserError(
+            f"{root / min(listed)} and the others of its shard are missing: put some of them back"
+        )
     pixels = list(read_images([root / name for name in names], meta["image_size"], channels=3))
     images = torch.from_numpy(np.stack(pixels)) / 127.5 - 1                 # (n, 3, h, w)
     if meta["flip"]:

@@ -1,7 +1,8 @@
 """Devices, precision, several processes, and progress lines: what depends on the machine.
 
-A program is one process, or one of several that `torchrun` has started. Then each works on its
-share, rank 0 alone prints and writes checkpoints, and the losses are those of one process.
+A program is one process, or one of several that `torchrun` has started. If there are several, each
+works on its share, rank 0 alone prints and writes checkpoints, and the losses that are logged are
+the same as those of one process.
 """
 
 import argparse
@@ -10,13 +11,14 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from files import UserError, one_line
+from files import UserError, is_lack_of_memory, one_line
 
 # ---- 1. Devices and precision --------------------------------------------------------------------
 
@@ -33,15 +35,16 @@ class Runtime:
 
     def autocast(self):
         """The context in which networks run: matrix products in `dtype`."""
-        # No cache: a 16-bit copy of a weight that was made under no_grad would get no gradient.
+        # Autocast's cache is off: it would reuse a 16-bit copy of a weight that was made under
+        # no_grad, and the weight would get no gradient.
         is_short = self.dtype != torch.float32
         dtype = self.dtype if is_short else None
         return torch.autocast(self.device.type, dtype, enabled=is_short, cache_enabled=False)
 
     def prepare(self, model):
-        """Make ready a network that is only called within `autocast`, and is not trained: small
-        steps of an optimizer would be lost by rounding. The weights of its matrix products are
-        stored in `dtype`. Otherwise autocast converts them in every call, to the same values."""
+        """Prepare a network that is only called within `autocast` and is not trained. (In training,
+        rounding would swallow small steps.) The weights of its matrix products are stored in
+        `dtype`. Otherwise autocast converts them in every call, to the same values."""
         for layer in model.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layer.to(self.dtype)
@@ -50,9 +53,9 @@ class Runtime:
 
     @property
     def can_record(self) -> bool:
-        """Whether training passes can be recorded as a CUDA graph (training.RecordedPass). It helps
-        small networks, which are trained in one process, neither compiled nor checkpointed. (With
-        float16, the scale of the gradients changes from pass to pass.)"""
+        """Whether training passes can be recorded as a CUDA graph (training.RecordedPass), which
+        helps small networks: in one process only, without compiling or checkpointing, and not in
+        float16, where the scale of the gradients changes from pass to pass."""
         is_plain = not (self.compile or self.checkpointing) and world_size() == 1
         return self.device.type == "cuda" and self.dtype != torch.float16 and is_plain
 
@@ -90,19 +93,21 @@ def runtime_from(flags, bf16=False, checkpointing=False) -> Runtime:
     device = pick_device(flags.device)
     bf16 = bf16 if flags.bf16 is None else flags.bf16
     dtype = short_dtype(device) if bf16 else torch.float32
-    chosen = {k: getattr(flags, k) for k in ("accumulate", "compile") if getattr(flags, k, None)}
-    if "compile" in chosen:
+    compiles = getattr(flags, "compile", False)
+    if compiles:
         check_compiler(device)
     if getattr(flags, "checkpointing", None) is not None:
         checkpointing = flags.checkpointing
-    return Runtime(device, dtype, checkpointing, **chosen)
+    accumulate = getattr(flags, "accumulate", None) or 1
+    return Runtime(device, dtype, checkpointing, accumulate, compiles)
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """Raises UserError where the named device is not there. On CUDA, float32 products use TF32."""
+def pick_device(name: str) -> torch.device:
+    """The device of that name, which becomes the current one. On CUDA, float32 products use TF32
+    from now on. Raises UserError where there is no such device."""
     has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
+        name = next(kind for kind in has if has[kind])
     if not re.fullmatch(r"cuda(:\d+)?|mps|cpu", name):
         raise UserError(f"no device is called {name!r}: use auto, cuda, mps or cpu")
     if not has[name.partition(":")[0]]:
@@ -112,7 +117,8 @@ def pick_device(name: str = "auto") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"there is no {name}: the GPUs number {torch.cuda.device_count()}")
+            count = torch.cuda.device_count()
+            raise UserError(f"there is no {name}: this machine has {count} GPU(s)")
         torch.cuda.set_device(device.index or 0)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -140,11 +146,18 @@ def check_compiler(device: torch.device):
         ) from None
 
 
-def is_lack_of_memory(error: Exception) -> bool:
-    """Of the main memory, or of a GPU's."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return "allocate memory" in str(error)  # what PyTorch says on a CPU
+@contextmanager
+def explain_memory(samples: int):
+    """Raises UserError, with advice, where the memory does not hold so many samples."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory, with {samples} samples at a time ({one_line(error)}): --accumulate K "
+            "takes a K-th of them at a time, --checkpointing keeps less of each"
+        ) from None
 
 
 def synchronise(device: torch.device):
@@ -192,9 +205,9 @@ def gather(items: list) -> list:
 class Progress:
     """Iterate with a line that says how far the work is, how fast, and how long it will take.
 
-    `start` items were done before, by a run that is continued. The rate counts `unit`s: an item has
-    `size` of them, or all items together have `amount`, if the last item is smaller. `note` stands
-    behind the rate. What takes under two seconds prints nothing."""
+    `start` items were done before, by a run that is continued. The rate counts `unit`s: each item
+    has `size` of them; where the last item is smaller, `amount` is the total. `note` stands at the
+    end of the line. What takes under two seconds prints nothing."""
 
     def __init__(self, title, items, total=None, start=0, unit="items", size=1, amount=None):
         self.title, self.items, self.unit, self.size = title, items, unit, size

@@ -1,4 +1,5 @@
-"""How far two sets of images are apart: the measures of papers, on the features of any network.
+"""How far two sets of images are apart: the measures that papers report, on the features of any
+network.
 
     Fréchet distance     between Gaussians that are fitted to the features of both sets. With the
                          features of Inception it is called FID (arXiv 1706.08500)
@@ -19,7 +20,7 @@ def moments(features):
     features = features.double()
     mean = features.mean(dim=0)
     if not mean.isfinite().all():
-        raise UserError("some features are not finite: do some images hold values that are not?")
+        raise UserError("some features are not finite: do some images hold NaN, or infinity?")
     return mean, features.T.cov()
 
 
@@ -38,10 +39,10 @@ def frechet(a, b) -> float:
 
 
 def coverage(points, by, k: int = 3, at_once: int = 1000) -> float:
-    """The fraction of `points` (N, d) in the manifold of `by` (M, d): the union of balls around its
-    points, each of which reaches to the k-th neighbour. Precision is coverage(generated, by=real),
-    recall is coverage(real, by=generated) (arXiv 1904.06991). It takes `at_once` points at a
-    time."""
+    """The fraction of `points` (N, d) that lie in some ball of `by` (M, d). A ball is centred at a
+    point of `by`, and reaches to that point's k-th neighbour. Precision is coverage(generated,
+    by=real), recall is coverage(real, by=generated) (arXiv 1904.06991). Distances of `at_once`
+    points are computed at a time, to save memory."""
     radii, inside = [], []
     for rows in by.split(at_once):
         nearest = torch.cdist(rows, by).kthvalue(k + 1)                     # the first: itself

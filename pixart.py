@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from config import PRESETS, ModelConfig, TeacherRecord
+from config import ModelConfig
 from files import UserError, load_weights
 from model import TimestepEmbedder, sincos_positions
 from text import EncodedPrompts
@@ -40,7 +40,7 @@ PIXART_SETTINGS = dict(  # that config.json must have
     norm_elementwise_affine=False,
     norm_eps=1e-6,
 )
-NAMES = (  # patterns of diffusers' names, and what our DiT calls that
+NAMES = (  # patterns of diffusers' names, and what our DiT calls that; applied in this order
     (r"^pos_embed\.", "x_embedder."),
     (r"^caption_projection\.linear_1", "text_embedder.0"),
     (r"^caption_projection\.linear_2", "text_embedder.2"),
@@ -58,8 +58,8 @@ NAMES = (  # patterns of diffusers' names, and what our DiT calls that
     (r"\.ff\.net\.0\.proj", ".mlp.fc1"),
     (r"\.ff\.net\.2", ".mlp.fc2"),
 )
-# In training, PixArt-α replaced some captions by these vectors. diffusers ignores them, too: the
-# prompt that guidance subtracts is the empty text, encoded like any other.
+# In training, PixArt-α replaced some captions by these vectors. diffusers ignores them, too: for
+# guidance, it encodes the empty text like any other.
 UNUSED = "caption_projection.y_embedding"
 
 
@@ -72,8 +72,9 @@ def is_pixart(settings: dict) -> bool:
 
 
 def convert_pixart(weights: dict, settings: dict, folder: Path) -> tuple[ModelConfig, dict]:
-    """The arguments of our DiT, and its weights, of what a folder of diffusers holds. Whoever loads
-    them strictly sees that none is missing or left over. Raises UserError."""
+    """The ModelConfig and the weights, under our names, of what a folder of diffusers holds.
+    Missing or extra weights are not noticed here: load_weights is strict, and refuses them. Raises
+    UserError where config.json does not describe a PixArt-α."""
     config = pixart_config(settings, folder)
     ours = {}
     for name, value in weights.items():
@@ -90,14 +91,14 @@ def convert_pixart(weights: dict, settings: dict, folder: Path) -> tuple[ModelCo
         is_told_size = size == 128
     if is_told_size:
         fold_image_size(ours, config, folder)
-    # Large images have their positions closer together, as far apart as in training at 512 pixels.
+    # The positions of large images are divided by `scale`, to span the same range as at 512 pixels.
     scale = settings.get("interpolation_scale") or max(size // 64, 1)
     ours["pos_embed"] = sincos_positions(config.grid_size, config.width, scale)
     return config, ours
 
 
 def pixart_config(settings: dict, folder: Path) -> ModelConfig:
-    """Raises UserError where config.json does not say all of it."""
+    """The ModelConfig that config.json describes. Raises UserError where a setting is missing."""
     try:
         heads, channels = settings["num_attention_heads"], settings["in_channels"]
         return ModelConfig(
@@ -128,8 +129,8 @@ def stack(weights: dict, layer: str, letters: str, our_name: str):
 
 def fold_image_size(weights: dict, config: ModelConfig, folder: Path):
     """Add the embeddings of the height, the width and the aspect ratio, each of which has a third
-    of the features, to the bias of the time's embedding, in place. Raises UserError where the
-    weights are not such."""
+    of the features, to the bias of the timestep's embedding, in place. Raises UserError where the
+    weights have other shapes."""
     pixels = 8 * config.image_size  # the autoencoder's latents have an eighth
     third = config.width // 3
     side = embed_number(weights, "resolution_embedder.", pixels, third, folder)
@@ -143,27 +144,13 @@ def fold_image_size(weights: dict, config: ModelConfig, folder: Path):
 
 @torch.no_grad()
 def embed_number(weights: dict, prefix: str, value: float, width: int, folder: Path):
-    """A number as the embedder whose names have this prefix embeds it, (width,). The embedder's
-    weights are taken out of `weights`."""
+    """The embedding of a number, (width,), by the embedder whose weights' names start with this
+    prefix. These weights are taken out of `weights`."""
     embedder = TimestepEmbedder(width)
     names = [name for name in weights if name.startswith(prefix)]
     own = {name.removeprefix(prefix): weights.pop(name) for name in names}
     load_weights(embedder, own, folder)
     return embedder(torch.tensor(value))
-
-
-def pixart_record(config: ModelConfig) -> TeacherRecord:
-    """What is known of a public PixArt-α."""
-    preset = PRESETS["pixart256"]
-    return TeacherRecord(
-        model=config,
-        ode=preset.ode,
-        data=replace(preset.data, image_size=config.image_size, channels=config.channels),
-        classes=(),
-        class_weights=(),
-        images=0,
-        training=replace(preset.teacher, iterations=0),  # not known
-    )
 
 
 # ---- 2. Prompts ----------------------------------------------------------------------------------
@@ -174,15 +161,15 @@ class NoPrompts:
 
     def __getitem__(self, y):
         raise UserError(
-            "this network reads text: name a folder of encoded prompts with --prompts (of "
-            "trajectories.py, distill.py and sample.py). python text.py makes one"
+            "this network reads text: name a folder of encoded prompts with --prompts. "
+            "python text.py makes one"
         )
 
 
 def use_prompts(model, record, folder: Path | None):
     """Let a network read the prompts in a folder, and return its record (a TeacherRecord or a
-    StudentRecord) with their number. Without a folder, a network that needs none stays as it is.
-    Raises UserError where the two do not go together."""
+    StudentRecord) with how many there are. Without a folder, a network that needs none stays as it
+    is. Raises UserError where the two do not go together."""
     needs_prompts = isinstance(model.prompts, NoPrompts)
     if folder is None:
         if needs_prompts:

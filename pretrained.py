@@ -31,12 +31,11 @@ import torch
 
 from command_line import add_teacher_kind, make_parser, run_program
 from config import (
-    AUTHORS_TARGET_STEPS,
-    AUTHORS_TIMESTEPS,
+    AUTHORS_STUDENT,
     PRESETS,
+    PUBLIC_DIT_ODE,
     SIZES,
     ModelConfig,
-    Student,
     StudentRecord,
     TeacherRecord,
 )
@@ -57,7 +56,6 @@ from pixart import (
     NoPrompts,
     convert_pixart,
     is_pixart,
-    pixart_record,
     stack,
 )
 from shards import read_json
@@ -65,13 +63,12 @@ from text import scene_prompts
 
 ASSETS = Path(__file__).parent / "assets"
 
-# What published files do not say is taken from the paper's setting. Its ODE is the public DiT's.
+# What published files do not say is taken from the paper's setting.
 IMAGENET = PRESETS["imagenet256"]
-DIT_ODE = IMAGENET.ode
-ODES = {
-    "dit": DIT_ODE,
-    "sit": replace(DIT_ODE, noise_path="sit", predicts="v"),  # guides three channels, as DiT
-    "repa": replace(DIT_ODE, noise_path="repa", predicts="v", guided_channels=None),  # guides all
+ODES = {  # SiT guides three channels, as DiT; REPA guides all
+    "dit": PUBLIC_DIT_ODE,
+    "sit": replace(PUBLIC_DIT_ODE, noise_path="sit", predicts="v"),
+    "repa": replace(PUBLIC_DIT_ODE, noise_path="repa", predicts="v", guided_channels=None),
 }
 
 # ---- 1. Loading ----------------------------------------------------------------------------------
@@ -81,18 +78,19 @@ def load_network(file, *kinds, device="cpu", teacher_kind: str | None = None):
     """The network of a checkpoint of one of these kinds, "student" or "teacher", and its record:
     (model in eval mode without gradients, StudentRecord or TeacherRecord).
 
-    `teacher_kind`: "dit", "sit" or "repa", where a published teacher is known to be that and is not
-    to be recognised by its behaviour. Raises UserError where the file holds no such network."""
+    `teacher_kind`: "dit", "sit" or "repa"; a published teacher is then taken to be that, and is not
+    tested. Raises UserError where the file holds no such network."""
     file = find_file(Path(file), kinds)
     if file.is_dir():
+        check_pipeline(file)
         if is_pixart(read_json(file / "config.json")):
             return pixart_teacher(file, kinds, device, teacher_kind)
         weights, heads = read_diffusers(file)
     else:
         content = read_file(file)
-        if "kind" in content and teacher_kind is not None:
-            raise UserError(f"{file} says itself what it is: leave out --teacher-kind")
         if "kind" in content:
+            if teacher_kind is not None:
+                raise UserError(f"{file} says itself what it is: leave out --teacher-kind")
             return own_network(content, file, kinds, device)
         weights, heads = find_weights(content, file), None
     return published_network(weights, heads, file, kinds, device, teacher_kind)
@@ -146,7 +144,7 @@ def find_teacher(
     Raises UserError where there is none."""
     if file is None:
         places = (
-            Path(folder) / "teacher.pt",
+            folder / "teacher.pt",
             Path("runs") / preset_name / "teacher.pt",
             ASSETS / f"{preset_name}-teacher.pt",
         )
@@ -171,32 +169,35 @@ def published_network(weights: dict, heads: int | None, file: Path, kinds, devic
     if kind not in kinds:
         raise UserError(f"{file} holds a {kind}, and a {' or '.join(kinds)} is needed")
     model = make_network(config, weights, file, device)
-    known = dict(
+    common = common_fields(config)
+    if kind == "student":
+        if teacher_kind is not None:
+            raise UserError(f"{file} holds a student: leave out --teacher-kind")
+        return model, StudentRecord(
+            student=AUTHORS_STUDENT, teacher="", trajectories=0, **common
+        )
+    teacher_kind = teacher_kind or recognise(model, file)
+    if teacher_kind == "sit":  # its output is x_0 − ε; our v is ε − x_0
+        model.final_layer.linear.weight.neg_()
+        model.final_layer.linear.bias.neg_()
+    return model, TeacherRecord(ode=ODES[teacher_kind], images=0, **common)
+
+
+def common_fields(config: ModelConfig) -> dict:
+    """What the records of all published networks have in common."""
+    return dict(
         model=config,
         data=replace(IMAGENET.data, image_size=config.image_size, channels=config.channels),
         classes=tuple(str(i) for i in range(config.classes)),
         class_weights=(),
         training=replace(IMAGENET.teacher, iterations=0),  # not known
     )
-    if kind == "student":
-        student = Student(
-            ode=DIT_ODE,
-            target_steps=AUTHORS_TARGET_STEPS,
-            targets="x0",
-            output="state",
-            timesteps=AUTHORS_TIMESTEPS,
-        )
-        return model, StudentRecord(student=student, teacher="", trajectories=0, **known)
-    teacher_kind = teacher_kind or recognise(model, file)
-    if teacher_kind == "sit":  # its output is x_0 − ε; our v is ε − x_0
-        model.final_layer.linear.weight.neg_()
-        model.final_layer.linear.bias.neg_()
-    return model, TeacherRecord(ode=ODES[teacher_kind], images=0, **known)
 
 
 def model_config(weights: dict, heads: int | None, file: Path) -> ModelConfig:
     """Read the arguments of DiT off the shapes of its weights. The attention heads leave no trace
-    in the shapes: where they are not given, the size must be a known one. Raises UserError."""
+    in the shapes: where they are not given, the size must be a known one. Raises UserError where
+    the weights are not those of such a network."""
     try:
         width, channels, patch, _ = weights[X_EMBEDDER].shape
         tokens = weights["pos_embed"].shape[1]
@@ -207,39 +208,42 @@ def model_config(weights: dict, heads: int | None, file: Path) -> ModelConfig:
     depth = sum(name.endswith(".attn.qkv.weight") for name in weights)
     last = [n for n in weights if n.startswith("final_layer") and n.endswith(".linear.weight")]
     output_layers = len(last)
-    if output_layers not in (1, len(AUTHORS_TIMESTEPS)):
+    if output_layers not in (1, AUTHORS_STUDENT.steps):
         raise UserError(
             f"{file} has {output_layers} output layers: a public DiT has 1, and the authors' "
-            f"student has {len(AUTHORS_TIMESTEPS)}"
+            f"student has {AUTHORS_STUDENT.steps}"
         )
-    known = {(size["width"], size["depth"]): size["heads"] for size in SIZES.values()}
-    heads = heads or known.get((width, depth))
+    heads_of = {(size["width"], size["depth"]): size["heads"] for size in SIZES.values()}
+    heads = heads or heads_of.get((width, depth))
     if heads is None:
         raise UserError(
             f"{file} holds {depth} layers of width {width}, which is no known size of DiT, so the "
             "number of its attention heads is unknown. (A folder of diffusers says it.)"
         )
     is_student = output_layers > 1
-    return ModelConfig(
-        image_size=math.isqrt(tokens) * patch,
-        channels=channels,
-        classes=classes,
-        patch=patch,
-        width=width,
-        depth=depth,
-        heads=heads,
-        learn_sigma=outputs == 2 * channels,
-        mask="causal" if is_student else "none",
-        history_layers=IMAGENET.student.history_layers if is_student else 0,  # not in the file
-        output_layers=output_layers,
-    )
+    try:
+        return ModelConfig(
+            image_size=math.isqrt(tokens) * patch,
+            channels=channels,
+            classes=classes,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            learn_sigma=outputs == 2 * channels,
+            mask="causal" if is_student else "none",
+            history_layers=IMAGENET.student.history_layers if is_student else 0,  # not in the file
+            output_layers=output_layers,
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} describes no DiT that is known here: {error}") from None
 
 
-# How each kind of teacher behaves. Given share·ε, a grey image with that much noise, and the
-# timestep that it knows for so much noise, it predicts sign·ε. (SiT and REPA also predict a mean
-# image there. It is the same for any ε, so it cancels between two of them.) Pure noise alone would
-# not tell SiT from REPA: the timestep at which one starts is the end of the other, where predicting
-# −x, or x, is right as well. Halfway, their signs differ.
+# How each kind of teacher behaves. Its input is share·ε, a grey image (x_0 = 0) with that much
+# noise, and the timestep that stands for so much noise. Then it predicts sign·ε. SiT and REPA add a
+# mean image, which is the same for every ε, so the *difference* of two predictions is compared.
+# Pure noise is not enough to tell SiT from REPA: SiT's timestep of noise, 0, is REPA's timestep of
+# an image, where both predict −x. (At 1 both predict x.) At 1/2 their signs differ.
 PROBES = (  # kind, share, timestep, sign
     ("dit", 1.0, 999.0, 1),
     ("dit", 0.96, 500.0, 1),
@@ -248,7 +252,8 @@ PROBES = (  # kind, share, timestep, sign
     ("repa", 1.0, 1.0, 1),
     ("repa", 0.5, 0.5, 1),
 )
-# Relative errors. Small networks, trained for some hundred iterations, had 0.09, 0.42 and 0.41.
+# Relative errors. Small networks of these kinds had 0.09, 0.42 and 0.41, after a training of some
+# hundred iterations.
 LARGEST_ERROR = {"dit": 0.2, "sit": 0.5, "repa": 0.5}
 
 
@@ -297,12 +302,10 @@ def read_file(file: Path) -> dict:
 
 
 def find_weights(content: dict, file: Path) -> dict:
-    """A DiT's weights in what a file holds: weights alone, or a training checkpoint with the EMA,
-    which is preferred, or the model in it. The prefixes that DDP, torch.compile and others put
-    before the names are removed, and so are REPA's projectors, which only its training needs.
-    Raises UserError."""
-    if "about" in content:
-        raise UserError(f"{file} was written by an earlier version of this project: train it again")
+    """A DiT's weights in what a file holds: the weights themselves or, in a training checkpoint,
+    the EMA or else the model. The prefixes that DDP, torch.compile and others put before the names
+    are removed, and so are REPA's projectors, which only its training needs. Raises UserError where
+    there are none."""
     for name in ("ema", "ema_model", "model_ema", "state_dict", "model", "module"):
         inner = content.get(name)
         if isinstance(inner, dict) and inner:
@@ -322,13 +325,14 @@ def find_weights(content: dict, file: Path) -> dict:
 
 # ---- 4. Folders of diffusers ---------------------------------------------------------------------
 
-# Settings that must have these values. The scheduler's stand in ../scheduler, if anywhere.
-TRANSFORMER = dict(
+# Settings that must have these values. The scheduler's are in the folder `scheduler` beside the
+# transformer's, if there is one.
+DIT_SETTINGS = dict(
     norm_type="ada_norm_zero",
     activation_fn="gelu-approximate",
     norm_elementwise_affine=False,
 )
-SCHEDULER = dict(
+SCHEDULER_SETTINGS = dict(
     prediction_type="epsilon",
     beta_schedule="linear",
     beta_start=1e-4,
@@ -359,13 +363,12 @@ def read_diffusers(folder: Path) -> tuple[dict, int]:
     Such a folder was either converted from public weights or trained with diffusers. In diffusers,
     every layer has its own embeddings of time and label. The conversion makes equal copies of one,
     and training makes them differ, which tells the two apart. Our DiT, with one embedding, can only
-    be the first.
+    hold the former.
 
     diffusers runs converted weights a little differently from how they were trained: its time
     frequencies are 10000^(−i/127), where the public DiT has 10000^(−i/128), and one of its
     LayerNorms adds 1e-5 instead of 1e-6. Here they run as they were trained."""
-    settings = check_settings(folder / "config.json", TRANSFORMER)
-    check_pipeline(folder)
+    settings = check_settings(folder / "config.json", DIT_SETTINGS)
     weights = {}
     for name, value in read_parts(folder).items():
         for pattern, public_name in PUBLIC_NAMES:
@@ -393,18 +396,18 @@ def pixart_teacher(folder: Path, kinds, device, teacher_kind):
     if teacher_kind is not None:
         raise UserError(f"{folder} says itself what it is: leave out --teacher-kind")
     settings = check_settings(folder / "config.json", PIXART_SETTINGS)
-    check_pipeline(folder)
     config, weights = convert_pixart(read_parts(folder), settings, folder)
     model = make_network(config, weights, folder, device)
     model.prompts = NoPrompts()
-    return model, pixart_record(config)
+    ode = PRESETS["pixart256"].ode
+    return model, TeacherRecord(ode=ode, images=0, **common_fields(config))
 
 
 def check_pipeline(folder: Path):
     """Raises UserError where a transformer's pipeline has another ODE, or other latents."""
     scheduler = folder.parent / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
-        check_settings(scheduler, SCHEDULER)
+        check_settings(scheduler, SCHEDULER_SETTINGS)
     vae = folder.parent / "vae" / "config.json"
     scale = (read_json(vae) or {}).get("scaling_factor", SCALE)
     if scale != SCALE:  # as in PixArt-Σ

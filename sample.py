@@ -55,7 +55,7 @@ from model import KVCache
 from pixart import use_prompts
 from pretrained import ASSETS, load_network
 from teacher import NOISE_PATHS, euler_step, mixing_weights, solve
-from text import LONGEST_CAPTION, Prompts
+from text import Prompts
 
 SHEET = 100  # images in grid.png, or fewer
 
@@ -238,7 +238,7 @@ class Sampler:
             raise UserError("this network is given classes, not text: use --labels, not --prompt")
         if self.record.data.source != "scenes":
             raise UserError("this network reads text of T5, from --prompts: leave out --prompt")
-        self.model.prompts = Prompts(prompts, LONGEST_CAPTION)
+        self.model.prompts = Prompts(prompts)
         self.record = replace(self.record, classes=tuple(prompts))
         self.labels = list(range(len(prompts)))
 

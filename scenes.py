@@ -4,7 +4,7 @@ A scene shows one to three objects of 6 colours × 5 shapes on a dark ground, an
 them:
 
     one         a red star
-    two         a red star and a blue ring
+    two         a red star and a blue ring          (two different objects)
     relation    a red star left of a blue ring      a red star above a blue ring
     count       two green discs                     three green discs
 
@@ -23,7 +23,7 @@ have seen red stars and cyan rings draw a cyan star?
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -43,8 +43,8 @@ SHAPES = ("disc", "ring", "square", "triangle", "star")
 NUMBERS = {2: "two", 3: "three"}
 CATEGORIES = ("one", "two", "relation", "count")
 HELD_OUT = tuple(zip(COLOURS, SHAPES + SHAPES[:1], strict=True))  # red disc, green ring, …
-RADII = (2.4, 2.8)  # of the circle in which a shape is drawn, pixels
-JITTER = 0.15  # of its centre, in either direction
+RADII = (2.4, 2.8)  # least and largest radius of an object, pixels
+JITTER = 0.15  # how far its centre may be from the cell's in x and in y, pixels
 WAIST = 0.38  # of a star: see outline
 
 
@@ -70,8 +70,8 @@ def polygon(radii: list[float], start: float):
 
 def outline(name: str, waist: float):
     """The corners of a shape that is a polygon, as x + i·y. They lie in the unit circle, or nearly
-    so. waist: how far the inner corners of a star are from its centre. (data.py uses it, too, with
-    shapes that are in no scene.)"""
+    so. waist: how far the inner corners of a star are from its centre. (Some of these shapes are in
+    no scene, but in the data set `shapes` of data.py.)"""
     if name == "heart":  # a well-known curve
         u = np.linspace(0, 2 * math.pi, 60, endpoint=False)
         x = 16 * np.sin(u) ** 3
@@ -98,7 +98,7 @@ def draw_cover(
 ) -> np.ndarray:
     """The fraction of each pixel that a shape covers, (size, size): drawn large and averaged down.
     centre, x + i·y, and radius: in pixels; turn: a complex number of length 1."""
-    scale = 8 if size <= 32 else 4  # drawn so much larger
+    scale = 8 if size <= 32 else 4  # how many times larger it is drawn
     centre, radius = scale * centre, scale * radius
     canvas = Image.new("L", (scale * size, scale * size))
     pen = ImageDraw.Draw(canvas)
@@ -122,7 +122,7 @@ def draw_cover(
 
 def draw_scene(objects: list[SceneObject]) -> np.ndarray:
     """A picture, (3, SIZE, SIZE), uint8."""
-    picture = np.zeros((3, SIZE, SIZE), np.float32) + np.array(GROUND)[:, None, None]
+    picture = np.zeros((3, SIZE, SIZE)) + np.array(GROUND)[:, None, None]
     for one in objects:
         centre = complex(one.x, one.y)
         cover = draw_cover(one.shape, centre, one.radius, SIZE, waist=WAIST)
@@ -155,9 +155,10 @@ class Caption:
         return any(pair in HELD_OUT for pair in self.objects)
 
 
-@lru_cache(maxsize=1)
-def all_captions() -> dict[str, Caption]:
-    """Every caption, by its text."""
+@cache
+def indexed_captions() -> list[Caption]:
+    """All captions, in the order in which networks know them by their indices: those of training,
+    then those that name a held-out pair."""
     pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     captions = [Caption("one", (pair,)) for pair in pairs]
     for number in NUMBERS:
@@ -168,18 +169,12 @@ def all_captions() -> dict[str, Caption]:
                 captions.append(Caption("two", (first, second)))
                 captions.append(Caption("relation", (first, second), "left of"))
                 captions.append(Caption("relation", (first, second), "above"))
-    return {str(caption): caption for caption in captions}
+    return sorted(captions, key=lambda caption: caption.is_held_out)
 
 
 def caption_list(held_out: bool = False) -> list[Caption]:
     """The captions of training, or those that name a held-out pair."""
-    return [caption for caption in all_captions().values() if caption.is_held_out == held_out]
-
-
-def indexed_captions() -> list[Caption]:
-    """All captions, in the order in which networks know them by their indices: those of training,
-    then those that name a held-out pair."""
-    return [*caption_list(), *caption_list(held_out=True)]
+    return [caption for caption in indexed_captions() if caption.is_held_out == held_out]
 
 
 def caption_weights(captions: list[Caption]) -> np.ndarray:
@@ -200,23 +195,20 @@ def place(caption: Caption, rng: np.random.Generator) -> list[SceneObject]:
             x, y = corner + CELL / 2 + rng.uniform(-JITTER, JITTER, size=2)
             radius = float(rng.uniform(*RADII))
             objects.append(SceneObject(colour, shape, float(x), float(y), radius))
-        if fulfils(caption.relation, objects, margin=1.0):
+        if not caption.relation or fulfils(caption.relation, *objects, margin=1.0):
             return objects
 
 
-def fulfils(relation: str, objects: list[SceneObject], margin: float = 0.0) -> bool:
-    """Whether the first object is left of, or above, the second: further in that direction than in
-    the other, by more than a margin in pixels."""
-    if not relation:
-        return True
-    a, b = objects[:2]
+def fulfils(relation: str, a: SceneObject, b: SceneObject, margin: float = 0.0) -> bool:
+    """Whether a is left of, or above, b: their distance in that direction exceeds the distance
+    across it by more than a margin, in pixels."""
     dx, dy = b.x - a.x, b.y - a.y
     along, across = (dx, dy) if relation == "left of" else (dy, dx)
     return along > abs(across) + margin
 
 
 def draw_scenes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` scenes of training captions: images (count, 3, SIZE, SIZE), uint8, and the numbers of
+    """`count` scenes of training captions: images (count, 3, SIZE, SIZE), uint8, and the indices of
     their captions in `caption_list()`. Scene i depends on (seed, i) only."""
     captions = caption_list()
     weights = caption_weights(captions)
@@ -234,7 +226,7 @@ def draw_scenes(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 WINDOW = 12  # pixels a side of the window in which a shape is recognised
 
 
-@lru_cache(maxsize=1)
+@cache
 def templates() -> tuple[np.ndarray, list[tuple[str, float, float, float]]]:
     """Covers of every shape at many sizes and sub-pixel places, (m, WINDOW²), and what they are:
     (shape, x, y, radius), in the window."""
@@ -291,6 +283,7 @@ def read_object(image: np.ndarray, region: np.ndarray) -> SceneObject | None:
     colour = nearest_colour(image[:, region])
     ground, ink = np.array(GROUND, np.float32), np.array(COLOURS[colour], np.float32)
     direction = (ink - ground) / np.square(ink - ground).sum()
+    # How far each pixel is on the way from ground (0) to ink (1), and a window around the region.
     cover = np.einsum("c, c h w -> h w", direction, image - ground[:, None, None])
     cover = cover.clip(0, 1) * region
     ys, xs = np.nonzero(region)
@@ -323,7 +316,7 @@ def nearest_colour(pixels: np.ndarray) -> str:
 
 
 def score(caption: Caption, objects: list[SceneObject]) -> dict[str, float]:
-    """How well the objects of an image fulfil a caption, each 0 or 1:
+    """How well the objects of an image fulfil a caption. These scores are 0 or 1:
 
     binding     every object that the caption names is there, with its colour and its shape
     count       there are as many objects as it names
@@ -334,15 +327,15 @@ def score(caption: Caption, objects: list[SceneObject]) -> dict[str, float]:
     binding = all(found.count(pair) >= caption.objects.count(pair) for pair in caption.objects)
     scores = dict(binding=float(binding), count=float(len(objects) == len(caption.objects)))
     if caption.relation:
-        scores["relation"] = float(binding and relation_holds(caption, objects))
+        scores["relation"] = float(relation_holds(caption, objects))
     return scores | dict(all=min(scores.values()))
 
 
-def adherence(images: np.ndarray, captions: list[Caption]) -> dict[str, float]:
-    """The mean scores of images (n, 3, SIZE, SIZE), uint8, each made for its caption: the fraction
-    that is wholly right, for each category and overall; then the means of binding, relation and
-    count."""
-    scores = [score(c, read_scene(image)) for c, image in zip(captions, images, strict=True)]
+def adherence(scenes: list[list[SceneObject]], captions: list[Caption]) -> dict[str, float]:
+    """The mean scores of scenes, each read by `read_scene` from an image that was made for its
+    caption: the fraction that is wholly right, for each category and overall; then the means of
+    binding, relation and count."""
+    scores = [score(c, objects) for c, objects in zip(captions, scenes, strict=True)]
     means = {}
     for category in CATEGORIES:
         chosen = [s["all"] for s, c in zip(scores, captions, strict=True) if c.category == category]
@@ -357,10 +350,7 @@ def adherence(images: np.ndarray, captions: list[Caption]) -> dict[str, float]:
 
 def relation_holds(caption: Caption, objects: list[SceneObject]) -> bool:
     """Whether some pair of the named objects stands as the caption says."""
-    first, second = caption.objects
-    for a in objects:
-        for b in objects:
-            named = (a.colour, a.shape) == first and (b.colour, b.shape) == second
-            if named and fulfils(caption.relation, [a, b]):
-                return True
-    return False
+    first, second = (
+        [one for one in objects if (one.colour, one.shape) == pair] for pair in caption.objects
+    )
+    return any(fulfils(caption.relation, a, b) for a in first for b in second)

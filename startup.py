@@ -7,10 +7,9 @@ from pathlib import Path
 
 def explain(kind, error, traceback):
     """Print an exception that nothing has caught: Python calls this in place of its own."""
-    is_import = issubclass(kind, ImportError) and not is_ours(error.name)
     if issubclass(kind, KeyboardInterrupt):
         print("\nstopped.", file=sys.stderr)
-    elif is_import:
+    elif issubclass(kind, ImportError) and not is_ours(error.name):
         said = " ".join(str(error).split())[:200]
         print(f"error: {said}: pip install -r requirements.txt", file=sys.stderr)
     else:
@@ -18,7 +17,9 @@ def explain(kind, error, traceback):
 
 
 def is_ours(module: str | None) -> bool:
-    return module is not None and Path(__file__).with_name(f"{module}.py").exists()
+    """Whether a module, such as "experiments.cost", is a file of this project."""
+    file = str(module).replace(".", "/") + ".py"
+    return (Path(__file__).parent / file).exists()
 
 
 sys.excepthook = explain

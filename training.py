@@ -27,7 +27,6 @@ from files import (
     first_difference,
     load_checkpoint,
     load_weights,
-    one_line,
     output_file,
     replace_file,
 )
@@ -35,7 +34,7 @@ from machine import (
     Progress,
     Runtime,
     all_reduce,
-    is_lack_of_memory,
+    explain_memory,
     rank,
     wait_for_all,
     world_size,
@@ -86,20 +85,6 @@ def attention_kernel(runtime: Runtime):
     if runtime.dtype != torch.float32 and runtime.device.type == "cpu":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
-
-
-@contextmanager
-def explain_memory(samples: int):
-    """Raises UserError, with advice, where the memory does not hold so many samples."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_lack_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory, with {samples} samples at a time ({one_line(error)}): --accumulate K "
-            "takes a K-th of them at a time, --checkpointing keeps less of each"
-        ) from None
 
 
 def make_scaler(runtime: Runtime) -> torch.amp.GradScaler:

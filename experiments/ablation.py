@@ -6,12 +6,12 @@ history, and without (N = 0: step distillation). So every row has its control. T
 factors; each of their values is a row:
 
     baseline                the student itself
-    kind                    what is learned and predicted: states with a direction, states, or x0
-                            predictions, these also with history in all layers
+    kind                    targets and output: states, direction; states, state; x0, state; and the
+                            last with history in all layers
     mask                    window, anchor, causal
     history_layers          N: one layer, a third, half and all of them
     noise_shortcut          with, without, and the shortcut alone (N = 0)
-    extra_layers            a larger network without history, of no lower cost
+    extra_layers            a larger network without history, which costs at least as much
     steps                   S: 1, 2, 4, 8
     kind_and_steps          the baseline, and x0 predictions as for textures, in 4 and in 3 steps
     output_layer_per_step   one output layer for all steps, or one for each
@@ -25,6 +25,7 @@ factors; each of their values is a row:
     python experiments/ablation.py --factors baseline --seeds 3     three seeds of one row
     python experiments/ablation.py --preset shapes              another preset
     python experiments/ablation.py --worker 1/2                 one of two processes that share it
+                                                                (not the factor gan)
     python experiments/ablation.py --on-policy 0 --steps 2      around another baseline
 
 Everything goes into the folder --out; what is there is not done again. The table and the figure,
@@ -57,7 +58,7 @@ from config import (
     TeacherRecord,
     override_parts,
 )
-from distill import add_student_flags, distill, make_student
+from distill import add_student_flags, distill, make_student, student_config
 from evaluate import (
     ADHERENCE_COLUMNS,
     Evaluator,
@@ -81,7 +82,7 @@ from machine import Runtime, add_machine_flags, runtime_from
 from model import DiT
 from pretrained import find_teacher
 from sample import few_step
-from trajectories import open_trajectories
+from trajectories import choose_targets, describe, open_trajectories, scale_steps
 
 PARTS = ("ode", "trajectories", "student", "distillation")  # of a preset: what the factors change
 KINDS = (("states", "direction"), ("states", "state"), ("x0", "state"))
@@ -97,8 +98,8 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
     guidance_scale = baseline.ode.guidance_scale
     count, iterations = baseline.trajectories.count, baseline.distillation.iterations
     kept = len(baseline.trajectories.kept_steps)
-    # Those of textures, the default preset: learning them takes reading x_T.
-    forgetful = dict(
+    # x0 predictions as in the preset textures: a student has to read x_T to learn them.
+    like_textures = dict(
         targets="x0", output="state", history_layers=depth, noise_shortcut=True, on_policy=1.0
     )
     return {
@@ -118,7 +119,7 @@ def factors(baseline: Preset, depth: int) -> dict[str, list[dict]]:
         "steps": [dict(steps=S) for S in (1, 2, 4, 8) if kept % S == 0],
         "kind_and_steps": [
             changes | dict(steps=S)
-            for changes in ({}, forgetful)
+            for changes in ({}, like_textures)
             for S in (baseline.student.steps, 3)
             if kept % S == 0
         ],
@@ -146,17 +147,16 @@ def pair(preset: Preset, baseline: Preset, changes: dict) -> tuple[Preset, Prese
         no_gan_loss = replace(preset.gan, weight=0.0)
         return replace(baseline, gan=no_gan_loss), replace(baseline, gan=preset.gan)
     student = change(baseline, changes)
+    # Without history the mask has no effect: all masks share one control.
     without = dict(history_layers=0, noise_shortcut=False, mask=preset.student.mask)
     control = change(student, without)
-    settings = student.student
-    looks_back = settings.mask != "none" and settings.history_layers > 0
-    if settings.steps == 1 or not (looks_back or settings.noise_shortcut):
+    if not student.student.reads_history:
         return control, control
     return control, student
 
 
 def name_of(preset: Preset, student: Preset) -> str:
-    """Where a student differs from its preset, such as "history_layers=0,steps=8"."""
+    """Where a student differs from its preset, such as "steps=8,history_layers=0"."""
     words = []
     for part in PARTS:
         usual, chosen = getattr(preset, part), getattr(student, part)
@@ -176,8 +176,8 @@ class Ablation:
     """Trains and evaluates students. Those of all baselines share the folder, which holds
     NAME/SEED.pt and, when a student has been evaluated, NAME/SEED.json.
 
-    `preset` has the teacher's own ODE, and trajectories that are enough for every row; `images`: by
-    which students are compared."""
+    `preset` has the teacher's own ODE, and trajectories that keep both states and x0 predictions,
+    since rows need either. `images`: how many of each student are compared."""
 
     def __init__(
         self,
@@ -198,6 +198,14 @@ class Ablation:
             teacher=fingerprint(teacher.state_dict()), images=images, preset=asdict(self.preset)
         )
         self.basis = json.loads(json.dumps(common))  # of all results, as it is read from a file
+
+    def check(self, student: Preset):
+        """Raises UserError for a student that cannot be trained."""
+        student_config(self.teacher_record, student.student)
+        kept_steps = scale_steps(student.trajectories.kept_steps, student.ode.euler_steps)
+        settings = replace(student.trajectories, kept_steps=kept_steps)
+        teacher_record = replace(self.teacher_record, ode=student.ode)
+        choose_targets(describe(self.teacher, teacher_record, settings), student.student)
 
     def file(self, student: Preset, seed: int) -> Path:
         return self.folder / name_of(self.preset, student) / f"{seed}.json"
@@ -296,8 +304,8 @@ class Ablation:
         return rows
 
     def teacher_rows(self, baseline: Preset, few_steps: list[int]) -> dict[str, dict]:
-        """The teacher at its full steps, and at these numbers of steps. Before it, for scenes, true
-        ones: how well their captions can be read back."""
+        """The teacher at its full steps, and at these numbers of steps. For scenes, the first row
+        is that of real ones: how well their captions can be read back."""
         evaluator, methods = self.evaluator(baseline.ode), {}
         for steps in (baseline.ode.euler_steps, *few_steps):
             ode = replace(baseline.ode, euler_steps=steps)
@@ -352,10 +360,9 @@ def collect(ablation: Ablation, baseline: Preset, rows: dict[str, list[dict]]) -
 
 MEASURES = {
     "error": ".6f", "distance": ".3f", "above": ".4f", "precision": ".3f", "recall": ".3f",
-    "accuracy": ".3f",
+    "accuracy": ".3f", **ADHERENCE_COLUMNS,
 }
-ALL_MEASURES = MEASURES | ADHERENCE_COLUMNS  # the latter of scenes only
-COLUMNS = ("seeds", "calls", "gmacs", *ALL_MEASURES, "shuffled", "error ratio", "above ratio")
+COLUMNS = ("seeds", "calls", "gmacs", *MEASURES, "shuffled", "error ratio", "above ratio")
 LEGEND = """
 The mean and, for several seeds, ± half of the range. error: mean squared error to the teacher's
 image of the same noise. distance: Fréchet distance to real images, in the features of a small
@@ -374,9 +381,9 @@ def spread(values: list[float], form: str) -> str:
 
 
 def ratio(control: list[dict], student: list[dict], measure: str) -> str:
-    """How many times as large a measure is in the control, seed by seed. Where the student's values
-    differ from one another as much as from 0, a bound. Nothing where a value of the control, or all
-    of the student's, are not above 0."""
+    """The control's value of a measure divided by the student's, seed by seed. Where the student's
+    values spread as widely as the smallest of them is above 0, only a lower bound. Empty where no
+    seed is common, and where the values are not positive."""
     others = {run["seed"]: run[measure] for run in control}
     pairs = [(others[run["seed"]], run[measure]) for run in student if run["seed"] in others]
     if not pairs:
@@ -385,16 +392,17 @@ def ratio(control: list[dict], student: list[dict], measure: str) -> str:
     if min(without) <= 0 or max(own) <= 0:
         return ""
     if min(own) <= max(own) - min(own):
-        tenths = math.floor(10 * min(without) / max(own))
+        tenths = math.floor(10 * min(without) / max(own))  # so that the bound holds
         return f"> {tenths / 10:.1f}"
     return spread([a / b for a, b in pairs], ".2f")
 
 
-def teacher_line(row: dict) -> dict[str, str]:
+def line_of(row: dict) -> dict[str, str]:
+    """The texts of a single run, by the columns of the table."""
     line = {}
-    if "calls" in row:  # not of true images
+    if "calls" in row:  # not of real images
         line = dict(calls=str(row["calls"]), gmacs=f"{row['gmacs']:.4f}")
-    for measure, form in ALL_MEASURES.items():
+    for measure, form in MEASURES.items():
         if measure in row:
             line[measure] = format(row[measure], form)
     return line
@@ -402,9 +410,9 @@ def teacher_line(row: dict) -> dict[str, str]:
 
 def student_line(runs: list[dict], control: list[dict] | None) -> dict[str, str]:
     """The texts of a line, by its columns. `control`: the runs of its control, if it has one."""
-    line = teacher_line(runs[0]) | dict(seeds=str(len(runs)))
-    for measure in line.keys() & ALL_MEASURES.keys():
-        line[measure] = spread([run[measure] for run in runs], ALL_MEASURES[measure])
+    line = line_of(runs[0]) | dict(seeds=str(len(runs)))
+    for measure in line.keys() & MEASURES.keys():
+        line[measure] = spread([run[measure] for run in runs], MEASURES[measure])
     if control is None:
         return line
     if "shuffled" in runs[0]:
@@ -418,7 +426,7 @@ def table_lines(content: dict) -> dict[str, dict[str, str]]:
     """The table of an ablation.json: {title: {column: text}}. A student that belongs to several
     rows, such as the baseline, is shown once."""
     students, shown = content["students"], set()
-    lines = {title: teacher_line(row) for title, row in content["teachers"].items()}
+    lines = {title: line_of(row) for title, row in content["teachers"].items()}
     for factor, rows in content["factors"].items():
         absent = "λ = 0" if factor == "gan" else "N = 0"
         for row in rows:
@@ -448,8 +456,8 @@ def markdown(lines: dict[str, dict], columns=COLUMNS) -> str:
 
 
 def draw(content: dict, file: Path):
-    """A column for each factor: error and degradation of its rows and of their controls. A dot is a
-    seed. content: that of ablation.json."""
+    """A column for each factor of several rows: error and degradation of the rows and of their
+    controls. A dot is a seed. content: that of ablation.json."""
     shown = {factor: rows for factor, rows in content["factors"].items() if len(rows) > 1}
     if not shown:
         return
@@ -506,14 +514,15 @@ def check_factors(chosen: list[str], rows: dict):
 
 
 def find_students(ablation: Ablation, baseline: Preset, rows: dict, chosen) -> dict[str, Preset]:
-    """All students of the chosen factors by their names. Raises UserError where the folder holds
-    results of another ablation."""
+    """All students of the chosen factors by their names. Raises UserError, before the work, where
+    settings contradict one another, and where the folder holds results of another ablation."""
     students = {}
     for factor, values in rows.items():
         for changes in values:
             for student in pair(ablation.preset, baseline, changes):
-                ablation.results(student)
+                ablation.results(student)  # raises
                 if factor in chosen:
+                    ablation.check(student)
                     students[name_of(ablation.preset, student)] = student
     return students
 
@@ -521,7 +530,7 @@ def find_students(ablation: Ablation, baseline: Preset, rows: dict, chosen) -> d
 def main():
     flags = parse_flags()
     preset = PRESETS[flags.preset]
-    runtime = runtime_from(flags, preset.bf16, preset.checkpointing)
+    runtime = runtime_from(flags, preset.bf16)
     folder = output_folder(flags.out or Path("runs/ablation") / flags.preset)
     runs = Path("runs") / flags.preset
     teacher, record = find_teacher(flags.teacher_file, flags.preset, runs, runtime.device)

@@ -17,8 +17,8 @@ distill.py, which holds the teacher too.
     python experiments/benchmark.py --size B/2          another network
 
 Results go into benchmark.json in the folder --out as they are measured. After --seconds nothing new
-is started; the same command then measures what is missing. profile.txt lists the kernels that take
-most of the time.
+is started; the same command then measures what is missing. Files called profile-….txt list the
+kernels that take most of the time.
 """
 
 import copy
@@ -44,15 +44,14 @@ from torch import nn
 
 from command_line import make_parser, non_negative, non_negative_int, positive_int, run_program
 from config import (
-    AUTHORS_TARGET_STEPS,
-    AUTHORS_TIMESTEPS,
+    AUTHORS_STUDENT,
     PRESETS,
     PUBLIC_DIT_ODE,
     ModelConfig,
-    Student,
     StudentRecord,
     parse_size,
 )
+from data import file_name
 from distill import ard_loss
 from evaluate import count_macs, table
 from files import UserError, first_difference, output_folder, save_json
@@ -63,13 +62,7 @@ from sample import few_step
 from teacher import solve
 from training import accumulate_gradients, make_optimizer, micro_batches, update_ema
 
-STUDENT = Student(
-    ode=PUBLIC_DIT_ODE,
-    target_steps=AUTHORS_TARGET_STEPS,
-    targets="x0",
-    output="state",
-    timesteps=AUTHORS_TIMESTEPS,
-)
+STUDENT = AUTHORS_STUDENT
 LARGE_BATCH = 64  # the paper's
 
 # ---- 1. The dense reference ----------------------------------------------------------------------
@@ -160,7 +153,7 @@ def measure(jobs: dict[str, Job], device, repeats: int) -> dict[str, dict]:
         images      images a second             tflops      TFLOP a second
         peak_gib    GPU memory
     """
-    jobs = {name: job for name, job in jobs.items() if can_run(name, job, device)}
+    jobs = {name: job for name, job in jobs.items() if first_run(name, job, device)}
     times = {name: [] for name in jobs}
     for _ in range(repeats):
         for name, job in jobs.items():
@@ -185,12 +178,13 @@ def seconds(job: Job, device) -> float:
     return time.perf_counter() - began
 
 
-def can_run(name: str, job: Job, device) -> bool:
-    """Run a job for the first time, which also compiles and warms up what it needs."""
+def first_run(name: str, job: Job, device) -> bool:
+    """Run a job for the first time, which also compiles and warms up what it needs. Returns whether
+    that was possible."""
     try:
         seconds(job, device)
         return True
-    except RuntimeError as error:  # of CUDA's memory, or of torch.compile
+    except (RuntimeError, UserError) as error:  # of CUDA's memory, or of torch.compile
         print(f"{name} cannot be measured here: {str(error).splitlines()[0][:200]}", flush=True)
     free_memory()
     return False
@@ -285,17 +279,16 @@ def random_network(config: ModelConfig, device) -> DiT:
     return model
 
 
-def variant(
-    model: DiT, history_layers: int | None = None, checkpointing=False, compiled=True
-) -> DiT:
-    """The same network, which shares its weights, with other settings."""
+def variant(model: DiT, **attributes) -> DiT:
+    """The same network, which shares its weights, with other attributes."""
     other = copy.copy(model)
-    other.checkpointing = checkpointing
-    if history_layers is not None:
-        other.config = replace(model.config, history_layers=history_layers)
-    if not compiled:
-        other.compiled_blocks = None
+    for name, value in attributes.items():
+        setattr(other, name, value)
     return other
+
+
+def without_history(model: DiT) -> DiT:
+    return variant(model, config=replace(model.config, history_layers=0))
 
 
 def measure_matrix_rate(bench: Bench) -> dict[str, dict]:
@@ -327,11 +320,13 @@ class TrainingBench:
         self.teacher = random_network(bench.config, bench.device).requires_grad_(False)
         self.optimizer = make_optimizer(self.model, lr=1e-4)
 
-    def job(self, network, batch: int, runtime: Runtime, config: ModelConfig | None = None) -> Job:
-        """A training step. `config`: of the network whose arithmetic is counted, if it is."""
+    def job(self, network, batch: int, runtime: Runtime) -> Job:
+        """A training step. The arithmetic of the dense reference is not counted."""
         trajectory = self.bench.noise(batch, STUDENT.steps + 1, 4, 32, 32)
         y = self.bench.labels(batch)
-        macs = config and 3 * batch * count_macs(config, STUDENT.steps)
+        macs = None
+        if isinstance(network, DiT):
+            macs = 3 * batch * count_macs(network.config, STUDENT.steps)
         return Job(partial(self.step, network, (trajectory, y), runtime), batch, macs)
 
     def step(self, network, batch: tuple, runtime: Runtime):
@@ -352,23 +347,20 @@ def measure_training(bench: Bench) -> dict[str, dict]:
     GPU also the paper's batch in micro-batches of that size, which need no other graphs."""
     trainee = TrainingBench(bench)
     model, batch, runtime = trainee.model, bench.batch, bench.runtime
-    without = variant(model, history_layers=0)
-    recomputing = variant(model, checkpointing=True)
     dense = DenseReference(model)
     jobs = {
-        "ours": trainee.job(model, batch, runtime, model.config),
-        "ours, N = 0": trainee.job(without, batch, runtime, without.config),
-        "ours, recomputing": trainee.job(recomputing, batch, runtime, model.config),
+        "ours": trainee.job(model, batch, runtime),
+        "ours, N = 0": trainee.job(without_history(model), batch, runtime),
+        "ours, recomputing": trainee.job(variant(model, checkpointing=True), batch, runtime),
         "dense reference": trainee.job(dense, batch, bench.exact),
     }
     if bench.on_gpu:
         count = max(1, LARGE_BATCH // batch)
         accumulating = replace(runtime, accumulate=count)
-        large = trainee.job(model, batch * count, accumulating, model.config)
-        jobs["ours, accumulating"] = large
+        jobs["ours, accumulating"] = trainee.job(model, batch * count, accumulating)
         # How much of the difference is due to the compiler and to precision:
-        eager = variant(model, compiled=False)
-        jobs["ours, not compiled"] = trainee.job(eager, batch, runtime, model.config)
+        eager = variant(model, compiled_blocks=None)
+        jobs["ours, not compiled"] = trainee.job(eager, batch, runtime)
         jobs["dense reference, bf16"] = trainee.job(dense, batch, runtime)
         # 80 GB may not hold the reference's activations, which are large.
         halves = replace(bench.exact, accumulate=2)
@@ -422,8 +414,8 @@ def measure_large_batch(bench: Bench) -> dict[str, dict]:
     model = trainee.model
     recomputing = variant(model, checkpointing=True)
     jobs = {
-        "ours, recomputing": trainee.job(recomputing, LARGE_BATCH, bench.runtime, model.config),
-        "ours": trainee.job(model, LARGE_BATCH, bench.runtime, model.config),
+        "ours, recomputing": trainee.job(recomputing, LARGE_BATCH, bench.runtime),
+        "ours": trainee.job(model, LARGE_BATCH, bench.runtime),
     }
     rows = measure(jobs, bench.device, bench.repeats)
     bench.profile("training, large batch", jobs, rows, "ours, recomputing")
@@ -432,10 +424,10 @@ def measure_large_batch(bench: Bench) -> dict[str, dict]:
 
 def measure_sampling(bench: Bench) -> dict[str, dict]:
     """Four steps with history and without, four steps of the reference, and the teacher's 25."""
-    exact = random_network(bench.config, bench.device).eval().requires_grad_(False)
-    model = copy.deepcopy(exact)
+    unprepared = random_network(bench.config, bench.device).eval().requires_grad_(False)
+    model = copy.deepcopy(unprepared)
     bench.runtime.prepare(model)
-    without = variant(model, history_layers=0)
+    without = without_history(model)
     x_T, y = bench.noise(bench.sample_batch, 4, 32, 32), bench.labels(bench.sample_batch)
 
     def student(network, runtime: Runtime):
@@ -446,20 +438,22 @@ def measure_sampling(bench: Bench) -> dict[str, dict]:
         with bench.runtime.autocast():
             solve(without, PUBLIC_DIT_ODE, x_T, y)
 
-    def job(network, runtime: Runtime, config: ModelConfig | None = None) -> Job:
-        macs = config and bench.sample_batch * count_macs(config, STUDENT.steps)
+    def job(network, runtime: Runtime) -> Job:
+        macs = None
+        if isinstance(network, DiT):
+            macs = bench.sample_batch * count_macs(network.config, STUDENT.steps)
         return Job(partial(student, network, runtime), bench.sample_batch, macs)
 
     jobs = {
-        "ours": job(model, bench.runtime, model.config),
-        "ours, N = 0": job(without, bench.runtime, without.config),
-        "dense reference": job(DenseReference(exact), bench.exact),
+        "ours": job(model, bench.runtime),
+        "ours, N = 0": job(without, bench.runtime),
+        "dense reference": job(DenseReference(unprepared), bench.exact),
     }
     if bench.on_gpu:
         # How much of the difference is due to the compiler, and to casting the weights once:
-        eager = variant(model, compiled=False)
-        jobs["ours, not compiled"] = job(eager, bench.runtime, model.config)
-        jobs["ours, nothing prepared"] = job(exact, bench.runtime, model.config)
+        eager = variant(model, compiled_blocks=None)
+        jobs["ours, not compiled"] = job(eager, bench.runtime)
+        jobs["ours, nothing prepared"] = job(unprepared, bench.runtime)
     rows = measure(jobs, bench.device, 3 * bench.repeats)  # to tell N = 6 from N = 0
     calls = PUBLIC_DIT_ODE.euler_steps * PUBLIC_DIT_ODE.calls_per_step
     macs = bench.sample_batch * calls * count_macs(without.config)
@@ -537,7 +531,7 @@ def open_results(file: Path, settings: dict) -> dict:
 
 def add_shares(rows: dict, results: dict, precision: str):
     """How much of the device's matrix rate each row reaches."""
-    rate = results.get("matrix rate", rows)[precision]["tflops"]
+    rate = results["matrix rate"][precision]["tflops"]
     for row in rows.values():
         if "tflops" in row:
             row["share"] = row["tflops"] / rate
@@ -571,7 +565,8 @@ def main():
     names = ("size", "batch", "sample_batch", "history_layers", "repeats")
     settings = {name: getattr(flags, name) for name in names}
     bench = Bench(flags.device, **settings, on_gpu=flags.device.type == "cuda")
-    settings["device"] = torch.cuda.get_device_name() if bench.on_gpu else "CPU"
+    device = flags.device.type.upper()
+    settings["device"] = torch.cuda.get_device_name() if bench.on_gpu else device
     settings |= dict(threads=torch.get_num_threads(), torch=torch.__version__)
     folder = output_folder(flags.out)
     content = open_results(folder / "benchmark.json", settings)
@@ -581,16 +576,15 @@ def main():
             rows = function(bench)
             free_memory()
             if rows:
-                add_shares(rows, results, bench.runtime.precision)
                 results[title] = rows
+                add_shares(rows, results, bench.runtime.precision)
                 save_json(folder / "benchmark.json", content)
+            for name, text in bench.profiles.items():
+                (folder / f"profile-{file_name(name)}.txt").write_text(text + "\n")
         if title not in results:
             left_out.append(title)
             continue
         print(f"\n{title}\n{table(results[title], COLUMNS)}", flush=True)
-    if bench.profiles:
-        text = "\n\n".join(f"{title}: {text}" for title, text in bench.profiles.items())
-        (folder / "profile.txt").write_text(text + "\n")
     print("\nimages: a second; ms: an image; share: of the matrix rate\n")
     for name, (value, goal) in goals(results).items():
         measured = "not measured" if value is None else f"{value:.3f}"

@@ -1,8 +1,8 @@
 """What distilling costs: hours of one GPU, memory and disk, for four sizes of DiT, and PixArt-α.
 
-Products are counted, and so are the bytes that training has to store. What a count cannot say is
-the rate at which a GPU computes. benchmark.py measures it for one network, and here it is taken to
-hold for all of them. (Small networks reach less.)
+Matrix products are counted, and so are the bytes that training has to store. What a count cannot
+say is the rate at which a GPU computes. benchmark.py measures it for one network, and here it is
+taken to hold for all of them. (Small networks reach less.)
 
     python experiments/cost.py runs/benchmark/benchmark.json     at the rates measured there
     python experiments/cost.py --tflops 100                      at this rate; nothing is measured
@@ -75,17 +75,17 @@ def make_head(width: int, hidden: int) -> DiscriminatorHead:
 
 
 def gan_macs(config: ModelConfig) -> int:
-    """Multiply-accumulates of an iteration of the second stage for one sample, by and large. A
+    """Multiply-accumulates of an iteration of the second stage for one sample, approximately. A
     backward pass costs as much as two forward passes, or as one where no weight has a gradient."""
     steps = PRESET.student.steps
     head = make_head(config.width, PRESET.gan.hidden)
     weights = count_parameters(head) - count_parameters(head.condition)
-    heads = config.depth * config.tokens * weights  # every token meets every weight
-    features = count_macs(replace(config, history_layers=0))
-    own_inputs = count_macs(config, steps - 1)
+    head_macs = config.depth * config.tokens * weights  # every token meets every weight
+    teacher_macs = count_macs(replace(config, history_layers=0))
+    own_inputs = count_macs(config, steps - 1)  # without gradient
     student = 3 * count_macs(config, steps)
-    judging = 2 * (features + heads)  # the student's image, with a gradient for it
-    discriminator = 2 * (features + 3 * heads)  # a real image and the student's
+    judging = 2 * (teacher_macs + head_macs)  # the student's image, with a gradient for it
+    discriminator = 2 * (teacher_macs + 3 * head_macs)  # a real image and the student's
     return own_inputs + student + judging + discriminator
 
 
@@ -136,11 +136,11 @@ def measured_rates(file: Path) -> Rates:
     try:
         content = json.loads(file.read_text())
         results, settings = content["results"], content["settings"]
-        second_stage = results["second stage"]["ours, recomputing"]["images"]
+        images_per_second = results["second stage"]["ours, recomputing"]["images"]
         config = latent_config(settings["size"], settings["history_layers"])
         return Rates(
             training=results["training"]["ours"]["tflops"],
-            gan=2 * gan_macs(config) * second_stage / 1e12,
+            gan=2 * gan_macs(config) * images_per_second / 1e12,
             sampling=results["sampling"]["teacher"]["tflops"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -30,42 +30,37 @@ ASSETS = Path(__file__).parents[1] / "assets"
 POINTS, SHAPES, TEXTURES = "ablation-points", "ablation-shapes", "ablation-textures"
 LONG = "ablation-textures-long"  # five times the iterations
 
-# label: (file of the two students, without history, with history, file of the one-step student)
+# label: (file, student without history, student with history)
 SETTINGS = {
-    "points, x0": (POINTS, "history_layers=0", "preset", POINTS),
+    "points, x0": (POINTS, "history_layers=0", "preset"),
     "points, states, direction": (
         POINTS,
         "history_layers=0,targets=states,output=direction",
         "targets=states,output=direction",
-        POINTS,
     ),
-    "shapes, states, direction": (SHAPES, "history_layers=0", "preset", SHAPES),
+    "shapes, states, direction": (SHAPES, "history_layers=0", "preset"),
     "shapes, x0": (
         SHAPES,
         "history_layers=0,targets=x0,output=state",
         "history_layers=6,targets=x0,output=state",
-        SHAPES,
     ),
     "textures, x0, plain": (
         TEXTURES,
         "history_layers=0,noise_shortcut=False",
         "noise_shortcut=False",
-        TEXTURES,
     ),
     "textures, x0, plain, longer": (
         LONG,
         "history_layers=0,noise_shortcut=False,iterations=5000",
         "noise_shortcut=False,iterations=5000",
-        LONG,
     ),
     "textures, x0, noise shortcut": (
         TEXTURES,
         "history_layers=0,noise_shortcut=False",
         "preset",
-        TEXTURES,
     ),
 }
-ONE_STEP = {
+ONE_STEP = {  # the student of a single step in each file
     POINTS: "steps=1,history_layers=0",
     SHAPES: "steps=1,history_layers=0",
     TEXTURES: "steps=1,history_layers=0,noise_shortcut=False",
@@ -73,24 +68,20 @@ ONE_STEP = {
 }
 
 
-def students_of(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())["students"]
-
-
-def mean(runs: list[dict], measure) -> float:
-    return statistics.mean(measure(run) for run in runs)
+def mean_error(runs: list[dict]) -> float:
+    return statistics.mean(run["error"] for run in runs)
 
 
 def coordinates() -> dict[str, tuple[float, float]]:
     """{label: (lost / readable, ratio of errors)}, means over seeds."""
     found = {}
-    for label, (file, without, with_history, one_step) in SETTINGS.items():
-        students = students_of(file)
-        control, student = students[without], students[with_history]
-        lost = mean(control, lambda run: run["exposure"]["teacher"][1])
-        readable = mean(students_of(one_step)[ONE_STEP[one_step]], lambda run: run["error"])
-        errors = [mean(runs, lambda run: run["error"]) for runs in (control, student)]
-        found[label] = (lost / readable, errors[0] / errors[1])
+    for label, (file, without, with_history) in SETTINGS.items():
+        students = json.loads((RESULTS / f"{file}.json").read_text())["students"]
+        control = students[without]
+        lost = statistics.mean(run["exposure"]["teacher"][1] for run in control)
+        readable = mean_error(students[ONE_STEP[file]])
+        ratio = mean_error(control) / mean_error(students[with_history])
+        found[label] = (lost / readable, ratio)
     return found
 
 
@@ -98,7 +89,7 @@ def draw(points: dict[str, tuple[float, float]], file: Path):
     figure, [axis] = new_figure(7.2, 4.4)
     for i, (label, (x, y)) in enumerate(points.items()):
         axis.plot(x, y, "o")
-        where = (6, (5, -12)[i % 2])  # points, to the right and above or below
+        where = (6, (5, -12)[i % 2])  # of the label, in 1/72 inch: right, then up or down
         axis.annotate(label, (x, y), textcoords="offset points", xytext=where, fontsize=8)
     axis.axvline(1, color="0.7", linewidth=1)
     axis.axhline(1, color="0.7", linewidth=1)

@@ -9,7 +9,7 @@
 #                                                     predictions, half of each batch on-policy
 #
 # CIFAR is a folder with train/<class>/*.jpg and test/<class>/*.jpg. Results are copied into OUT as
-# soon as they are there: benchmark.json and profile.txt, the end of each program's output (*.log),
+# soon as they are there: benchmark.json and profiles, the end of each program's output (*.log),
 # result.json and samples.png of each training. A part that was stopped is continued.
 #
 # TINY=1 does the same in minutes on any machine, with sizes at which no result means anything.

@@ -10,6 +10,7 @@ torch-fidelity provides.
     sFID        Fréchet distance in 2,023 spatial features, of 17×17 pixels in seven channels
     Inception   Inception Score: high where each image is clearly of one class, and all classes
                 occur (arXiv 1606.03498)
+    precision   the fraction of images that lie among the reference's 10,000; recall: the reverse
 
     python sample.py runs/imagenet256/student.pt --count 50000 --npz
     python experiments/protocol.py --samples runs/samples/samples.npz \\
@@ -27,7 +28,7 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import startup  # noqa: F401  before the large packages
 
@@ -39,7 +40,7 @@ from PIL import Image
 from command_line import make_parser, run_program
 from data import SUFFIXES, read_images
 from evaluate import table
-from files import UserError, optional_import, output_file, save_json
+from files import UserError, one_line, optional_import, output_file, save_json
 from machine import Progress, pick_device
 from metrics import coverage, frechet, moments
 
@@ -60,7 +61,7 @@ COLUMNS = {
 @contextmanager
 def open_npz(path: Path):
     """arr_0 of an .npz file: (its shape, its dtype, a file that stands at its first byte). Raises
-    UserError."""
+    UserError where there is no such array."""
     read_header = {
         1: np.lib.format.read_array_header_1_0,
         2: np.lib.format.read_array_header_2_0,
@@ -104,7 +105,7 @@ class ImageSet:
         self.count, self.side = shape[:2]
         if side not in (None, self.side):
             raise UserError(
-                f"the images in {path} are {self.side} pixels wide, those to compare with {side}"
+                f"the images in {path} are {self.side} pixels wide, and the samples {side}"
             )
 
     def open_folder(self, side: int | None):
@@ -144,7 +145,7 @@ class ImageSet:
 def reference_moments(path: Path) -> dict:
     """The statistics in ADM's reference files, {"fid": (mu, sigma), "sfid": (mu_s, sigma_s)}, or {}
     where there are none. Raises UserError where they are damaged, or of other features."""
-    if Path(path).suffix != ".npz":
+    if path.is_dir():
         return {}
     found = {}
     wanted = {
@@ -198,9 +199,8 @@ def load_inception(weights: Path | None, device):
     try:
         network = module.FeatureExtractorInceptionV3("inception", outputs, weights)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"no Inception weights ({reason}): name torch-fidelity's file with --inception"
+            f"no Inception weights ({one_line(error)}): name torch-fidelity's file with --inception"
         ) from None
     return network.to(device).eval()
 

@@ -8,8 +8,8 @@ others. Both change nothing but the attention of the history layers:
     bias         the logit of a query and a key at the same position of two states is increased by a
                  learned number, one for each head, which starts at 4
     positions    queries and keys are extended by the sinusoids of their positions. So the logit of
-                 a pair at the same position is increased in the same way, in all states, and that
-                 of neighbours by a part of it
+                 keys at the same position is increased by the learned number, in every state, and
+                 that of neighbours by less
 
 Both are trained and evaluated like the students of `ablation.py`, on the default preset, textures,
 without the noise shortcut. The table has them beside those of results/ablation-textures.json.
@@ -30,7 +30,7 @@ import startup  # noqa: F401  before the large packages
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 
 from command_line import make_parser, positive_int, run_program
@@ -41,22 +41,24 @@ from files import output_folder, save_json
 from machine import add_machine_flags, runtime_from
 from model import Attention, DiT, sincos_positions
 from pretrained import find_teacher
-from trajectories import open_trajectories
+from trajectories import Trajectories, open_trajectories
 
 PRESET = PRESETS["textures"]
-ABLATION = Path(__file__).parent / "results" / "ablation-textures.json"
+ABLATION_RESULTS = Path(__file__).parent / "results" / "ablation-textures.json"
 FIRST_BIAS = 4.0
 
 # ---- 1. Two kinds of attention -------------------------------------------------------------------
 
 
 class RoutedAttention(Attention):
-    """Causal attention to the history in which `bias`, one number for each head, favours keys at
-    the position of the query. It starts with the weights of a plain layer."""
+    """Causal attention to the history, in which `bias`, one number for each head, favours some
+    keys: favour(positions, i) says which, for the queries of state i. It starts with the weights of
+    a plain layer."""
 
-    def __init__(self, plain: Attention, width: int, grid_size: int):
+    def __init__(self, plain: Attention, width: int, grid_size: int, favour):
         super().__init__(width, plain.heads)
         self.load_state_dict(plain.state_dict())
+        self.favour = favour
         self.bias = nn.Parameter(torch.full((plain.heads,), FIRST_BIAS))
         positions = sincos_positions(grid_size, width)[0]                   # (n, width)
         self.register_buffer("positions", F.normalize(positions, dim=-1))
@@ -75,57 +77,46 @@ class RoutedAttention(Attention):
         first = kv.shape[3] // n - x.shape[1]
         for i, query in enumerate(q.split(n, dim=2), start=first):
             k, v = kv[..., : (i + 1) * n, :]
-            logits = self.logits(i, n).to(query.dtype)
-            outputs.append(F.scaled_dot_product_attention(query, k, v, attn_mask=logits))
+            # (heads, n, (i + 1)·n), which is added to the logits
+            added = rearrange(self.bias, "h -> h 1 1") * self.favour(self.positions, i)
+            added = added.to(query.dtype)
+            outputs.append(F.scaled_dot_product_attention(query, k, v, attn_mask=added))
         return self.proj(rearrange(outputs, "s b h n d -> b s n (h d)"))
 
 
-class BiasedAttention(RoutedAttention):
-    def logits(self, i: int, n: int):
-        """What is added to the logits of state i, (h, n, (i + 1)·n): the bias where a key of an
-        earlier state has the position of the query."""
-        same = torch.eye(n, device=self.bias.device)
-        own = torch.zeros_like(same)
-        matrix = torch.cat([same] * i + [own], dim=1)
-        return rearrange(self.bias, "h -> h 1 1") * matrix
+def same_position(positions, i: int):
+    """(n, (i + 1)·n): 1 where a key of an earlier state has the position of the query."""
+    same = torch.eye(len(positions), device=positions.device)
+    return torch.cat([same] * i + [torch.zeros_like(same)], dim=1)
 
 
-class PositionedAttention(RoutedAttention):
-    def logits(self, i: int, n: int):
-        """The same for queries and keys that are extended by their positions p, in all states:
-        (q, bias·p)·(k, p) = q·k + bias·p·p'."""
-        similarity = self.positions @ self.positions.T                      # (n, n), 1 for i = j
-        matrix = repeat(similarity, "query key -> query (i key)", i=i + 1)
-        return rearrange(self.bias, "h -> h 1 1") * matrix
+def similarity(positions, i: int):
+    """(n, (i + 1)·n): the scalar product of the positions of query and key, in all states. It adds
+    to the logits what it adds to extend queries and keys by positions."""
+    return (positions @ positions.T).repeat(1, i + 1)
 
 
-ROUTES = {"bias": BiasedAttention, "positions": PositionedAttention}
+ROUTES = {"bias": same_position, "positions": similarity}
 
 
-def replace_attention(model: DiT, kind: type[RoutedAttention]):
+def replace_attention(model: DiT, favour):
     """In all layers that read the history."""
     config = model.config
     for block in model.blocks[: config.history_layers]:
-        block.attn = kind(block.attn, config.width, config.grid_size)
+        block.attn = RoutedAttention(block.attn, config.width, config.grid_size, favour)
 
 
 # ---- 2. The program ------------------------------------------------------------------------------
 
 
-def run(ablation: Ablation, name: str, seed: int) -> dict:
+SETTINGS = replace(PRESET.student, noise_shortcut=False)
+
+
+def run(ablation: Ablation, trajectories: Trajectories, name: str, seed: int) -> dict:
     """Train and evaluate a student. What was trained before is read."""
-    settings = replace(PRESET.student, noise_shortcut=False)
-    trajectories = open_trajectories(
-        ablation.teacher,
-        ablation.teacher_record,
-        PRESET.trajectories,
-        settings,
-        ablation.folder / "trajectories",
-        ablation.runtime,
-    )
     training = replace(PRESET.distillation, seed=seed)
     model, record = make_student(
-        ablation.teacher, ablation.teacher_record, settings, trajectories, training
+        ablation.teacher, ablation.teacher_record, SETTINGS, trajectories, training
     )
     replace_attention(model, ROUTES[name])
     file = output_folder(ablation.folder / name) / f"{seed}.pt"
@@ -145,7 +136,7 @@ def parse_flags():
 
 def routes_table(students: dict[str, list[dict]]) -> str:
     """These students beside step distillation, the plain form and the noise shortcut."""
-    others = json.loads(ABLATION.read_text())["students"]
+    others = json.loads(ABLATION_RESULTS.read_text())["students"]
     control = others["history_layers=0,noise_shortcut=False"]
     rows = {"plain": others["noise_shortcut=False"], "noise shortcut": others["preset"]} | students
     lines = {"no history": student_line(control, None)}
@@ -160,7 +151,12 @@ def main():
     teacher, record = find_teacher(None, "textures", out, runtime.device)
     ablation = Ablation(PRESET, teacher, record, out, flags.images, runtime)
     ablation.evaluator(record.ode)  # it may refuse: before the work
-    students = {name: [run(ablation, name, i) for i in range(flags.seeds)] for name in ROUTES}
+    trajectories = open_trajectories(
+        teacher, record, PRESET.trajectories, SETTINGS, out / "trajectories", runtime
+    )
+    students = {}
+    for name in ROUTES:
+        students[name] = [run(ablation, trajectories, name, i) for i in range(flags.seeds)]
     content = dict(images=flags.images, students=students)
     save_json(out / "routes.json", content)
     print(f"\n{routes_table(students)}\n{LEGEND}\nwrote {out / 'routes.json'}")

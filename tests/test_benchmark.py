@@ -9,7 +9,7 @@ import torch
 from tiny import random_weights
 from torch.utils.flop_counter import FlopCounterMode
 
-from config import AUTHORS_TIMESTEPS
+from config import AUTHORS_STUDENT
 from experiments import benchmark
 from experiments.benchmark import STUDENT, Bench, DenseReference, latent_config
 from files import UserError
@@ -30,7 +30,7 @@ def test_dense_outputs_and_gradients_are_ours(history_layers):
     results = []
     for forward in (model, DenseReference(model)):
         model.zero_grad()
-        output = forward(x, torch.tensor(AUTHORS_TIMESTEPS), y)
+        output = forward(x, torch.tensor(AUTHORS_STUDENT.timesteps), y)
         output.square().mean().backward()
         gradients = [w.grad.flatten() for w in model.parameters() if w.grad is not None]
         results.append((output, torch.cat(gradients)))
@@ -52,7 +52,7 @@ def test_the_reference_modulates_each_token():
     """Otherwise it would be no reference: a counter of products sees the difference."""
     model = network(2)
     x, y = torch.randn(1, 4, 4, 32, 32), torch.tensor([0])
-    timesteps = torch.tensor(AUTHORS_TIMESTEPS)
+    timesteps = torch.tensor(AUTHORS_STUDENT.timesteps)
     counts = []
     for forward in (model, DenseReference(model)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -87,7 +87,7 @@ def test_the_program_measures_once_and_then_remembers(tmp_path, monkeypatch, cap
     for title, found in results.items():
         assert benchmark.table(found, benchmark.COLUMNS) in printed, title
         assert all(row["images"] > 0 for row in found.values() if "images" in row)
-    assert "aten::addmm" in (tmp_path / "profile.txt").read_text()
+    assert "aten::addmm" in (tmp_path / "profile-training-ours.txt").read_text()
 
     run(monkeypatch, capsys, *words)
     assert (tmp_path / "benchmark.json").read_bytes() == first

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from config import (
-    AUTHORS_TARGET_STEPS,
+    AUTHORS_STUDENT,
     GAN,
     ODE,
     PRESETS,
@@ -25,6 +25,7 @@ from config import (
     override,
     override_parts,
     parse_size,
+    sees_history,
 )
 from distill import make_student
 from model import DiT
@@ -138,7 +139,7 @@ def test_contradictory_networks_are_refused(wrong, says):
         replace(MODEL, **wrong)
 
 
-@pytest.mark.parametrize("name", ["DiT-Q/2", "XL", "XL/", "XL/0", "XL/two", ""])
+@pytest.mark.parametrize("name", ["DiT-Q/2", "XL", "XL/", "XL/0", "XL/00", "XL/two", ""])
 def test_unknown_sizes_are_refused(name):
     with pytest.raises(ValueError, match="no model size"):
         parse_size(name)
@@ -159,9 +160,11 @@ def test_sizes():
         ("none", 0, True, True),
     ],
 )
-def test_which_networks_read_history(mask, layers, shortcut, reads):
-    config = replace(MODEL, mask=mask, history_layers=layers, noise_shortcut=shortcut)
-    assert config.reads_history == reads
+def test_which_students_read_history(mask, layers, shortcut, reads):
+    changes = dict(mask=mask, history_layers=layers, noise_shortcut=shortcut)
+    settings = replace(PRESETS["textures"].student, **changes)
+    assert settings.reads_history == sees_history(replace(MODEL, **changes), 4) == reads
+    assert not replace(settings, steps=1).reads_history  # a single step has no history
 
 
 def test_guidance_takes_two_calls_a_step():
@@ -211,7 +214,7 @@ def test_imagenet256_is_the_recipe_of_the_authors_code():
     preset = PRESETS["imagenet256"]
     ode = ODE("ddpm", "eps", euler_steps=25, guidance_scale=1.5, guided_channels=3)
     assert (preset.size, preset.ode) == ("XL/2", ode)
-    assert preset.trajectories.kept_steps == AUTHORS_TARGET_STEPS == (10, 15, 20, 25)
+    assert preset.trajectories.kept_steps == AUTHORS_STUDENT.target_steps == (10, 15, 20, 25)
     student = preset.student
     assert (student.steps, student.mask, student.history_layers) == (4, "causal", 6)
     assert (student.targets, student.output) == ("x0", "state")

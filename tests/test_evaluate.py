@@ -48,7 +48,7 @@ from evaluate import (
 from files import UserError, export, fingerprint, load_checkpoint
 from model import DiT
 from sample import few_step, predict_all
-from scenes import all_captions, caption_list, caption_weights, draw_scene, place
+from scenes import caption_list, caption_weights, draw_scene, indexed_captions, place
 from teacher import solve
 from text import TEXT_WIDTH, prompt_length, scene_prompts
 from tiny import CPU, FLOW_8, TRAINING, random_dit, random_weights, student_of
@@ -747,18 +747,18 @@ def test_scenes_are_compared_with_their_captions(tmp_path, monkeypatch, capsys):
     record = replace(record, class_weights=weights)
     teacher.prompts = scene_prompts()
     evaluator = Evaluator(teacher, record, record.ode, 80, CPU)
-    texts = []
+    by_text, texts = {str(caption): caption for caption in indexed_captions()}, []
 
     def draw(x_T, y):
         texts.extend(teacher.prompts.texts[number] for number in y)
-        chosen = [all_captions()[text] for text in texts[-len(y) :]]
+        chosen = [by_text[text] for text in texts[-len(y) :]]
         pictures = [draw_scene(place(caption, np.random.default_rng(0))) for caption in chosen]
         return torch.from_numpy(np.stack(pictures)) / 127.5 - 1
 
     row = evaluator(draw, "perfect")
     assert row["all right"] == row["relation"] == row["held out"] == 1
     assert row["another's"] < 0.05
-    held_out = [all_captions()[text].is_held_out for text in texts]
+    held_out = [by_text[text].is_held_out for text in texts]
     assert held_out == [False] * 80 + [True] * 80
     assert evaluator.teacher_row["all right"] < 0.05  # noise, of random weights
     assert evaluator.real_row["all right"] == 1

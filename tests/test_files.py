@@ -200,8 +200,8 @@ def test_a_file_that_is_not_the_checkpoint_wanted(tmp_path, what):
     [
         (dict(classes=("a",)), "1 names for 5 classes"),
         (dict(class_weights=(0.5, 0.5)), "2 frequencies of 5 classes"),
-        (dict(class_weights=(0.0,) * 5), "with a sum of not 1"),
-        (dict(class_weights=(float("nan"),) * 5), "with a sum of not 1"),
+        (dict(class_weights=(0.0,) * 5), "with the sum 0"),
+        (dict(class_weights=(float("nan"),) * 5), "with the sum nan"),
     ],
 )
 def test_classes_that_contradict_one_another(tmp_path, change, says):
@@ -307,6 +307,6 @@ def test_a_fingerprint_tells_weights_apart():
 
 
 def test_what_float16_cannot_hold_is_not_exported(tmp_path):
-    with pytest.raises(UserError, match="in float16.* holds values that are not finite"):
+    with pytest.raises(UserError, match="values that float16 cannot hold"):
         export(tmp_path / "x.pt", "classifier", {}, {"w": torch.tensor([1e6])})
     assert not (tmp_path / "x.pt").exists()

@@ -12,6 +12,7 @@ import torch
 from tiny import random_dit
 
 import distill
+import evaluate
 import sample
 import text
 import trajectories
@@ -202,6 +203,13 @@ def test_from_prompts_to_images(tmp_path, diffusers, monkeypatch, capsys):
     model, record = load_network(tmp_path / "run", "student")
     assert (record.model.classes, record.model.text_width) == (4, TEXT_WIDTH)
     assert record.student.ode == PRESETS["pixart256"].ode and record.model.output_layers == 4
+
+    judging = "run --teacher pixart --count 8 --out judged"
+    with pytest.raises(UserError, match="with --prompts"):
+        run(monkeypatch, evaluate, judging)
+    run(monkeypatch, evaluate, f"{judging} --prompts texts")
+    rows = json.loads((tmp_path / "judged/evaluation.json").read_text())["rows"]
+    assert rows["run, 4 steps (reads its history)"]["error"] > 0
 
     torch.manual_seed(0)
     diffusers.AutoencoderKL(

@@ -75,7 +75,7 @@ def test_what_is_no_set_of_images(tmp_path):
     for name, words in messages.items():
         with pytest.raises(UserError, match=words):
             ImageSet(tmp_path / name)
-    with pytest.raises(UserError, match="4 pixels wide, those to compare with 8"):
+    with pytest.raises(UserError, match="4 pixels wide, and the samples 8"):
         ImageSet(tmp_path / "right.npz", side=8)
     with pytest.raises(UserError, match="has 2 images, and 2,048 features need more"):
         protocol(tmp_path / "right.npz", tmp_path / "right.npz", None, CPU)

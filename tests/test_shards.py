@@ -76,7 +76,7 @@ def test_a_shard_of_other_records_is_left_alone(tmp_path, other):
     content = other(file.read_bytes())
     file.write_bytes(content)
     for attempt in (partial(start_shards, tmp_path, META), partial(Shards, tmp_path)):
-        with pytest.raises(UserError, match="00000.npy holds other records than meta.json says"):
+        with pytest.raises(UserError, match="00000.npy holds other items than meta.json says"):
             attempt(RECORD, 1)
     assert file.read_bytes() == content
 

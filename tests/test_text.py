@@ -13,13 +13,13 @@ from text import EncodedPrompts, Prompts, encode_words, read_prompts, scene_prom
 
 
 def test_words_are_vectors_and_the_rest_is_zero():
-    vectors = encode_words("a red star", length=8)
+    vectors = encode_words("a red star")
     assert vectors.shape == (8, text.TEXT_WIDTH)
     assert (np.abs(vectors).sum(1) > 0).tolist() == [True] * 3 + [False] * 5
 
 
 def test_a_word_has_the_same_vector_everywhere_and_a_place_of_its_own():
-    first = encode_words("a red star left of a blue ring", 8)
+    first = encode_words("a red star left of a blue ring")
     width = text.WORD_WIDTH
     word, before, place = np.split(first, [width, 2 * width], axis=1)
     assert np.array_equal(word[0], word[5])  # "a"
@@ -29,10 +29,10 @@ def test_a_word_has_the_same_vector_everywhere_and_a_place_of_its_own():
 
 
 def test_prompts_are_looked_up_by_number_and_minus_one_is_the_empty_prompt():
-    prompts = Prompts(["a red star", "two blue rings"], length=8)
+    prompts = Prompts(["a red star", "two blue rings"])
     found = prompts[torch.tensor([1, 0, -1])]
-    assert torch.equal(found[0], torch.from_numpy(encode_words("two blue rings", 8)))
-    assert torch.equal(found[2], torch.from_numpy(encode_words("", 8)))
+    assert torch.equal(found[0], torch.from_numpy(encode_words("two blue rings")))
+    assert torch.equal(found[2], torch.from_numpy(encode_words("")))
     assert (found.abs().sum(-1) > 0).sum(1).tolist() == [3, 3, 1]  # the empty prompt has one token
 
 
@@ -45,16 +45,16 @@ def test_every_caption_of_training_fits():
 
 def test_an_unknown_word_is_named_with_the_nearest_known_ones():
     with pytest.raises(UserError, match="'yelow' of the prompt 'a yelow star'.*mean yellow"):
-        encode_words("a yelow star", 8)
+        encode_words("a yelow star")
     with pytest.raises(UserError, match="'qqq'.*known words: a, above"):
-        encode_words("qqq", 8)
+        encode_words("qqq")
 
 
 def test_a_long_prompt_is_cut_and_says_so(capsys):
     long = "a red star left of a blue ring and a red star"
-    cut = encode_words(long, 8)
+    cut = encode_words(long)
     assert "is cut after 8 words" in capsys.readouterr().out
-    assert np.array_equal(cut, encode_words("a red star left of a blue ring", 8))
+    assert np.array_equal(cut, encode_words("a red star left of a blue ring"))
 
 
 @pytest.mark.parametrize("content, message", [(None, "cannot read"), ("\n \n", "holds no prompts")])
