@@ -771,12 +771,7 @@ names. another's: of the caption of another image, by chance.
 
 
 def show_comparison(
-    teacher,
-    students: dict,
-    evaluator: Evaluator,
-    file: Path,
-    full: bool,
-    losses: dict | None = None,
+    teacher, students: dict, evaluator: Evaluator, file: Path, full: bool, losses=None
 ):
     """The whole comparison: writes its numbers, and the losses of the training, into a JSON file,
     prints the table, and draws figures beside the file. `full`: with all columns, and a row of
@@ -784,11 +779,9 @@ def show_comparison(
     methods = make_methods(teacher, students)
     rows = compare(methods, evaluator)
     ratios = compare_degradations(rows, students)
-    columns = COLUMNS
-    if full:
-        columns = columns | MORE_COLUMNS
-        if evaluator.real_row:
-            rows["other real images"] = evaluator.real_row
+    columns = COLUMNS | MORE_COLUMNS if full else COLUMNS
+    if full and evaluator.real_row:
+        rows["other real images"] = evaluator.real_row
     errors, shares = measure_curves(teacher, students, evaluator)
     content = dict(
         images=evaluator.count,

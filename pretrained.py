@@ -195,9 +195,18 @@ def common_fields(config: ModelConfig) -> dict:
 
 
 def model_config(weights: dict, heads: int | None, file: Path) -> ModelConfig:
+    """The ModelConfig of a published network. Raises UserError where the weights are not those of
+    a DiT."""
+    arguments = read_arguments(weights, heads, file)
+    try:
+        return ModelConfig(**arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{file} describes no DiT that is known here: {error}") from None
+
+
+def read_arguments(weights: dict, heads: int | None, file: Path) -> dict:
     """Read the arguments of DiT off the shapes of its weights. The attention heads leave no trace
-    in the shapes: where they are not given, the size must be a known one. Raises UserError where
-    the weights are not those of such a network."""
+    in the shapes: where they are not given, the size must be a known one. Raises UserError."""
     try:
         width, channels, patch, _ = weights[X_EMBEDDER].shape
         tokens = weights["pos_embed"].shape[1]
@@ -221,22 +230,19 @@ def model_config(weights: dict, heads: int | None, file: Path) -> ModelConfig:
             "number of its attention heads is unknown. (A folder of diffusers says it.)"
         )
     is_student = output_layers > 1
-    try:
-        return ModelConfig(
-            image_size=math.isqrt(tokens) * patch,
-            channels=channels,
-            classes=classes,
-            patch=patch,
-            width=width,
-            depth=depth,
-            heads=heads,
-            learn_sigma=outputs == 2 * channels,
-            mask="causal" if is_student else "none",
-            history_layers=IMAGENET.student.history_layers if is_student else 0,  # not in the file
-            output_layers=output_layers,
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file} describes no DiT that is known here: {error}") from None
+    return dict(
+        image_size=math.isqrt(tokens) * patch,
+        channels=channels,
+        classes=classes,
+        patch=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        learn_sigma=outputs == 2 * channels,
+        mask="causal" if is_student else "none",
+        history_layers=IMAGENET.student.history_layers if is_student else 0,  # not in the file
+        output_layers=output_layers,
+    )
 
 
 # How each kind of teacher behaves. Its input is share·ε, a grey image (x_0 = 0) with that much

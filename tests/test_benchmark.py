@@ -13,8 +13,10 @@ from config import AUTHORS_STUDENT
 from experiments import benchmark
 from experiments.benchmark import STUDENT, Bench, DenseReference, latent_config
 from files import UserError
+from machine import Runtime
 from model import DiT
 from sample import few_step
+from training import accumulate_gradients
 
 CPU = torch.device("cpu")
 
@@ -125,6 +127,20 @@ def test_what_does_not_fit_is_left_out(capsys):
     jobs = {"large": benchmark.Job(fail, 1), "small": benchmark.Job(lambda: None, 1)}
     assert list(benchmark.measure(jobs, CPU, repeats=1)) == ["small"]
     assert "large cannot be measured here: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_a_training_that_does_not_fit_is_left_out(capsys):
+    """training.py gives advice on --accumulate, which is a UserError."""
+
+    def no_memory(network, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def step():
+        accumulate_gradients(None, no_memory, [(torch.ones(2),)], Runtime(CPU))
+
+    job = benchmark.Job(step, images=2)
+    assert benchmark.measure({"large": job}, CPU, repeats=1) == {}
+    assert "large cannot be measured here: out of memory, with 2 samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["hello", "[1]", "{}", '{"settings": 1, "results": {}}', ""])

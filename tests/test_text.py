@@ -113,3 +113,10 @@ def test_a_tiny_t5_encodes_prompts_once(tmp_path, monkeypatch, capsys):
     before = shard.stat().st_mtime_ns
     text.main()
     assert shard.stat().st_mtime_ns == before
+
+    monkeypatch.setattr(text, "SHARD", 2)  # 2 prompts and the empty one: two shards
+    shared = [*map(str, words[:-5]), str(tmp_path / "shared"), "--length", "6", "--device", "cpu"]
+    for worker in ("1/2", "2/2"):  # neither waits for the other
+        monkeypatch.setattr(sys, "argv", [*shared, "--worker", worker])
+        text.main()
+    assert {file.name for file in (tmp_path / "shared").glob("*.npy")} == {"00000.npy", "00001.npy"}
