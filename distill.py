@@ -32,9 +32,10 @@ One training pass reads the four states as one sequence, under the causal mask o
 computes all four next states at once. The states that it reads are the teacher's. As with language
 models, this is called *teacher forcing*.
 
-Three settings remain to be explained. `targets` says what the training sequence consists of. Inputs
-and targets are one sequence, so this is both what the student reads and what it has to predict. It
-also decides whether teacher forcing teaches the student to read x_T.
+Three settings remain to be explained. The setting `targets` says what the training sequence
+consists of. Inputs and targets are one sequence, one step apart, so this is both what the student
+reads and what it has to predict. It also decides whether teacher forcing teaches the student to
+read x_T.
 
     targets     "states": the states x_τ of the ODE, as in the figure of the paper. With these,
                 teacher forcing hardly teaches the student to read x_T: each state determines all
@@ -51,12 +52,14 @@ also decides whether teacher forcing teaches the student to read x_T.
                 is alike, but asks the teacher again at each state that the student visits.)
 
 The default preset, `textures`, is there to show what a history is for. It combines the two settings
-that force a student to use its history: clean predictions (after 2, 8, 16 and 24 Euler steps), and
-reading its own states only (on_policy = 1). The student also has the noise shortcut of model.py,
-which is ours. The *control* is trained in the same way, with the same targets and the same
-on_policy, but has neither history nor shortcut; the tables call it "step distillation". The preset
-`shapes` has targets "states", output "direction" and on_policy 0. This copies the teacher most
-exactly, and the history matters little.
+that force a student to use its history: clean predictions, and reading its own states only
+(on_policy = 1). The predictions are those after 2, 8, 16 and 24 Euler steps: the first stands so
+close to the noise that it shows little more than the class. The student also has the noise shortcut
+of model.py, which is ours. The *control* (no-history.pt) is trained in exactly the same way, but
+has neither history nor shortcut. The printed tables call it "step distillation", though with
+on_policy = 1 it, too, reads its own states in training. The preset `shapes` has targets "states",
+output "direction" and on_policy 0. This copies the teacher most exactly, and the history matters
+little.
 
 The student needs no guidance, so that each step is a single network evaluation: if the teacher was
 guided, its states already contain the guidance.
@@ -67,9 +70,11 @@ guided, its states already contain the guidance.
     python distill.py --help             all that can be changed
 
 Results go into runs/PRESET, or the folder --out: student.pt, no-history.pt, result.json and
-pictures. An interrupted run is continued. The teacher is the first of these that exists:
+pictures. An interrupted run is continued. Where no --teacher is given, the teacher is the first of
+these that exists:
 
-    teacher                                       its trajectories
+    the teacher                                   the folder of its trajectories
+    -------------------------------------------   --------------------------------------
     teacher.pt in the folder of the results       trajectories/ in the same folder
     teacher.pt in runs/PRESET                     runs/PRESET/trajectories
     the shipped one, in assets/                   runs/PRESET/trajectories
@@ -257,8 +262,8 @@ def add_student_flags(parser):
     group = parser.add_argument_group("the student")
     add = group.add_argument
     add("--steps", type=positive_int, help="S, the student's steps")
-    add("--history-layers", type=non_negative_int, help="N; 0 and no shortcut: step distillation")
-    add("--mask", choices=MASKS, help="which earlier states a state reads in them")
+    add("--history-layers", type=non_negative_int, help="N, the layers with history")
+    add("--mask", choices=MASKS, help="which earlier states a state reads in the history layers")
     add(
         "--noise-shortcut",
         action=argparse.BooleanOptionalAction,
@@ -317,7 +322,7 @@ def main():
         runtime,
     )
     students = {"student.pt": settings}
-    if settings.reads_history and not flags.no_control:
+    if settings.reads_history and not flags.no_control:  # in layers, or through the shortcut
         students["no-history.pt"] = replace(settings, history_layers=0, noise_shortcut=False)
     trained, losses = {}, {}
     for file, chosen in students.items():

@@ -108,7 +108,9 @@ def optional_import(name: str, install: str = "-r requirements-imagenet.txt"):
         return importlib.import_module(name)
     except Exception as error:  # a package made for another PyTorch raises all sorts of exceptions
         is_missing = isinstance(error, ModuleNotFoundError)
-        culprit = is_missing and error.name or name  # maybe a package that the wanted one needs
+        culprit = name
+        if is_missing and error.name:  # maybe a package that the wanted one needs
+            culprit = error.name
         package = culprit.partition(".")[0].replace("_", "-")
         broken = "" if is_missing else f", which is there but broken ({one_line(error)})"
         raise UserError(

@@ -17,16 +17,18 @@ this class:
     student   x has shape (b, s, c, h, w): the first s states of a trajectory, s ≤ S. (The last
               state, x_0, is only ever an output.)
 
-In shapes, b is the batch, s the number of states, n the number of tokens of a state. (In the
-paper's formulas, s is a step, and counts down from S.)
+In shapes, b is the batch, s the number of states, n the number of tokens of a state, and c, h, w
+are channels, height and width. (In the paper's formulas, s is a step, and counts down from S. A
+variable c in the code is the condition: see DiT.condition.)
 
 Every image is made for some y, the index of a class or, in a *text network* (`config.reads_text`),
 the index of a prompt. Compared with the DiT of Peebles & Xie (arXiv 2212.09748), two things are
 new:
 
   1. Each state has its own *timestep*, a number that tells the network the time of that state (the
-     paper's "token-wise time embedding"). All states share the weights and the positions, so only
-     their timesteps tell their tokens apart.
+     paper's "token-wise time embedding"). All states share the positions and the weights of the
+     layers. So, apart from two options (the noise shortcut, and an output layer for each step),
+     only their timesteps tell their tokens apart.
   2. In the first N layers (`history_layers`), those nearest the input, a state also attends to
      earlier states. In the later layers it attends only to itself. With N = 0, or with the mask
      "none", the student sees its current state and nothing else: this is step distillation. (The
@@ -193,10 +195,11 @@ def modulate(x, shift, scale):
 
 
 class SharedAdaLN(nn.Module):
-    """The modulation of a layer in a text network (PixArt-α's adaLN-single): shared vectors, plus
-    vectors of the layer's own. All transformer layers share six vectors, which are computed from
-    the condition c (DiT.shared_modulation). The output layer adds c itself to both its shift and
-    its scale."""
+    """The modulation of a layer in a text network (PixArt-α's adaLN-single): shared vectors plus
+    the layer's own. In a transformer layer, `shared` holds six vectors, which are the same for all
+    layers (DiT.shared_modulation); each is added to one of the layer's six. In the output layer,
+    `shared` is a single vector, the condition c, which is added to both its shift and its
+    scale."""
 
     def __init__(self, width: int, vectors: int):
         super().__init__()
@@ -204,8 +207,8 @@ class SharedAdaLN(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.zeros(vectors * width))
 
     def forward(self, shared):
-        """shared: (b, s, vectors·width), or (b, s, width) where one vector is added to all of the
-        layer's own. Returns (b, s, vectors·width)."""
+        """shared: (b, s, vectors·width), or a single vector, (b, s, width). Returns
+        (b, s, vectors·width)."""
         shared = rearrange(shared, "b s (k d) -> b s k d", d=self.width)
         own = rearrange(self.scale_shift_table, "(k d) -> k d", d=self.width)
         return rearrange(shared + own, "b s k d -> b s (k d)")
@@ -328,6 +331,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(layers)
         if config.noise_shortcut:
             self.noise_shortcut = nn.Linear(width, width, bias=False)
+        # Some public networks (learn_sigma) also output a variance, in as many more channels. It is
+        # not used here, and has nothing to do with σ(t) in teacher.py.
         out_channels = config.channels * (2 if config.learn_sigma else 1)
         for name in self.output_layer_names:
             setattr(self, name, FinalLayer(width, patch, out_channels, reads_text))

@@ -81,14 +81,15 @@ def next_state(student: Student, output, x, t, t_next):
     """The state that follows from the network's output at (x, t).
 
     student.output
-        "state"         The output is the next state, as in the paper. The student starts from
-                        weights that predict something else, and has to unlearn it first.
+        "state"         The output is the next state, as in the paper. A student starts from its
+                        teacher's weights (distill.make_student). These predict v or ε, which it has
+                        to unlearn first.
         "direction"     The output is what a teacher would predict, v or ε, and the next state is
-                        the Euler step from t to t_next with it (ours). So an untrained student
-                        without history equals its teacher without guidance, in S Euler steps
-                        between the same times. It needs student.targets = "states" (see
-                        distill.py): an Euler step at time t starts from a state with the noise of
-                        time t, and a clean prediction contains no noise.
+                        the Euler step from t to t_next with it (ours). So at the start of its
+                        training, a student without history equals its teacher without guidance, in
+                        S Euler steps between the same times. A direction needs student.targets =
+                        "states" (see distill.py): an Euler step at time t starts from a state with
+                        the noise of time t, and a clean prediction contains no noise.
     """
     if student.output == "state":
         return output
@@ -210,7 +211,9 @@ class Sampler:
         )
         self.seed = data.SAMPLING_SEED + flags.seed
         self.record = use_prompts(self.model, self.record, flags.prompts)
-        if flags.prompts:  # encoded prompts have no names: their indices are used as names
+        # In a text network, the prompts take the place of classes. Encoded prompts have no names:
+        # their indices are used as names.
+        if flags.prompts:
             numbers = range(self.record.model.classes)
             self.record = replace(self.record, classes=tuple(map(str, numbers)))
             flags.labels = flags.labels or self.record.classes  # without --labels: all, in turn

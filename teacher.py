@@ -15,10 +15,11 @@ keeps the estimates of time t and moves along the noise path:
 
     x_next = α(t_next)·x̂_0 + σ(t_next)·ε̂                                             (Euler step)
 
-This one formula serves every teacher, since only α and σ differ. Where α > 0, we can divide by α:
-with z = x/α and r = σ/α the ODE is dz/dr = ε̂, and the step is literally Euler's method for it. For
-flow matching the step equals x + (t_next − t)·v with the velocity v = ε̂ − x̂_0. For DDPM it *is*
-the DDIM step.
+Why is it an Euler step? Where α > 0, divide by α, and write z = x/α and r = σ/α. Then the noise
+path is z = x̂_0 + r·ε̂, the ODE is dz/dr = ε̂, and the step is z_next = z + (r_next − r)·ε̂, which
+is Euler's method in r. This one formula serves every teacher, since only α and σ differ. For flow
+matching it equals x + (t_next − t)·v with the velocity v = ε̂ − x̂_0. For DDPM it *is* the DDIM
+step.
 
 Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number that
 stands for t in the network's input. For flow matching, t runs from 1 to 0 and the timestep is
