@@ -277,9 +277,11 @@ def from_dict(kind: type, values: dict):
     """Undo `dataclasses.asdict`: make the dataclass `kind` of a dict. Raises AttributeError,
     KeyError, TypeError or ValueError where the values are not such."""
     hints = typing.get_type_hints(kind)
-    unknown = set(values) - set(hints)
+    unknown, missing = sorted(values.keys() - hints.keys()), sorted(hints.keys() - values.keys())
     if unknown:
-        raise KeyError(f"no field {unknown.pop()!r} in {kind.__name__}")
+        raise KeyError(f"no field {unknown[0]!r} in {kind.__name__}")
+    if missing:  # a default would not tell
+        raise KeyError(f"{kind.__name__} without its field {missing[0]!r}")
     return kind(**{name: _restore(hints[name], value) for name, value in values.items()})
 
 

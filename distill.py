@@ -117,7 +117,7 @@ from pixart import use_prompts
 from pretrained import find_teacher
 from sample import few_step, predict_all
 from teacher import NOISE_PATHS
-from training import train
+from training import load_training, train
 from trajectories import Trajectories, open_trajectories
 
 # ---- 1. The loss ---------------------------------------------------------------------------------
@@ -324,9 +324,12 @@ def main():
     students = {"student.pt": settings}
     if settings.reads_history and not flags.no_control:  # in layers, or through the shortcut
         students["no-history.pt"] = replace(settings, history_layers=0, noise_shortcut=False)
-    trained, losses = {}, {}
+    made = {}
     for file, chosen in students.items():
-        model, record = make_student(teacher, teacher_record, chosen, trajectories, training)
+        made[file] = make_student(teacher, teacher_record, chosen, trajectories, training)
+        load_training(out / file, "student", made[file][1])  # raises before the long work begins
+    trained, losses = {}, {}
+    for file, (model, record) in made.items():
         name = "ARD" if record.reads_history else "step distillation"
         ema, losses[name] = distill(model, record, trajectories, out / file, runtime)
         trained[name] = (ema, record)

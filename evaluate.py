@@ -356,8 +356,8 @@ class Evaluator:
         if min(len(self.real_images), self.count) < data.LEAST_IMAGES:
             raise UserError(
                 f"distances need at least {data.LEAST_IMAGES} images of each kind: here are "
-                f"{len(self.real_images):,} held-out real images (--test DIR takes others), and "
-                f"{self.count:,} to compare"
+                f"{len(self.real_images):,} held-out real images (evaluate.py --test DIR takes "
+                f"others), and {self.count:,} to compare (--count; ablation.py: --images)"
             )
         self.classifier = shipped or find_classifier(train_set, config, self.runtime)
         self.real_features, predicted = features(self.classifier, self.real_images)
@@ -518,15 +518,17 @@ def compare(methods: dict[str, Method], evaluator: Evaluator) -> dict[str, dict]
 
 
 def compare_degradations(rows: dict[str, dict], students: dict) -> list[str]:
-    """A sentence for each two students that take the same steps to the same targets, one with
-    history and one without: the degradation without it over the degradation with it."""
+    """A sentence for each two students of the same steps, targets and training, one with history
+    and one without: the degradation without it over the degradation with it."""
     sentences = []
     for name, (_, record) in students.items():
         for other, (_, other_record) in students.items():
             with_history = rows[student_label(name, record)]
             without = rows[student_label(other, other_record)]
             differ = record.reads_history and not other_record.reads_history
-            if differ and record.student == other_record.student and "above" in without:
+            same_student = record.student == other_record.student
+            same_training = record.training == other_record.training
+            if differ and same_student and same_training and "above" in without:
                 ratio = degradation_ratio(without, with_history)
                 sentences.append(
                     f"degradation of {other} / degradation of {name}: {ratio} "
@@ -664,12 +666,12 @@ def table(rows: dict[str, dict], columns: dict[str, str]) -> str:
     used = set().union(*rows.values())
     columns = {column: kind for column, kind in columns.items() if column in used}
     width = max(map(len, rows)) + 2
-    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
+    lines = [" " * width + "".join(f" {column:>10}" for column in columns)]
     for label, row in rows.items():
         line = f"{label:{width}}"
         for column, kind in columns.items():
             text = format(row[column], kind) if column in row else ""
-            line += f"{text:>11}"
+            line += f" {text:>10}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -824,6 +826,12 @@ def report(teacher, students: dict, losses: dict[str, list], out: Path, runtime:
     draw_losses(losses, out / "loss.png")
 
 
+def image_shape(record) -> tuple[int, ...]:
+    """What a student and its teacher have in common."""
+    config = record.model
+    return config.channels, config.image_size, config.classes
+
+
 def find_students(runs: list[Path], device) -> dict:
     """{name: (model, StudentRecord)} of run folders and files. A folder stands for its student.pt
     and, where there is one, its no-history.pt. Raises UserError where two have one name, and where
@@ -843,11 +851,11 @@ def find_students(runs: list[Path], device) -> dict:
             raise UserError(f"two students are called {name}: rename a folder or file")
         model, record = load_network(file, "student", device=device)
         students[name] = model, record
-        teachers.add((record.teacher, record.student.ode))
+        teachers.add((record.teacher, record.student.ode, image_shape(record)))
     if len(teachers) > 1:
         raise UserError(
-            "these students have learned from different teachers, or with different guidance or "
-            "Euler steps: evaluate them one at a time"
+            "these students have learned from different teachers, or with different guidance, "
+            "Euler steps or images: evaluate them one at a time"
         )
     return students
 
@@ -858,9 +866,10 @@ def find_teacher_of(
     """The teacher of a student: `file`, or else one with the right weights beside the student, in
     runs/ or in assets/. Raises UserError where there is none, or `file` is another one."""
     if file is not None:
-        model, _ = load_network(file, "teacher", device=device, teacher_kind=teacher_kind)
+        model, its = load_network(file, "teacher", device=device, teacher_kind=teacher_kind)
         # A public student does not say who its teacher was.
-        if record.teacher not in ("", fingerprint(model.state_dict())):
+        is_other = record.teacher not in ("", fingerprint(model.state_dict()))
+        if is_other or (record.teacher == "" and image_shape(its) != image_shape(record)):
             raise UserError(f"{file} is not the teacher of {run}")
         return model
     places = [run / "teacher.pt", run.parent / "teacher.pt"]
@@ -893,6 +902,8 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
+    if flags.teacher_kind and flags.teacher is None:
+        raise UserError("--teacher-kind says what a published --teacher is: name that, too")
     runtime = runtime_from(flags)
     out = output_folder(flags.out, "evaluation.json", "samples.png")
     students = find_students(flags.runs, runtime.device)

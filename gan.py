@@ -73,6 +73,7 @@ from evaluate import check_same_classes, report
 from figures import new_figure, save_figure
 from files import (
     UserError,
+    check_finite,
     fingerprint,
     first_difference,
     one_line,
@@ -374,8 +375,16 @@ class GANTrainer:
             if inputs != self.inputs:
                 difference = first_difference(inputs, self.inputs)
                 raise UserError(f"{file} has other inputs: {difference}. Choose another --out")
+            settings = self.record.gan_training
+            is_finished = saved["iteration"] == settings.iterations
+            if not sums.isfinite().all() or (is_finished and not saved["losses"]):
+                raise ValueError("its losses are missing, or not finite")
             for name in self.PARTS:
-                getattr(self, name).load_state_dict(saved[name])
+                if "optimizer" in name:
+                    training.load_optimizer(getattr(self, name), saved[name])
+                else:
+                    check_finite(saved[name], file)
+                    getattr(self, name).load_state_dict(saved[name])
             self.sums += sums.to(self.sums.device)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(

@@ -450,8 +450,9 @@ def read_parts(folder: Path) -> dict:
 
 def parse_flags():
     parser = make_parser(__doc__)
+    parser.usage = "python %(prog)s FILE OUT [flags]"
     add = parser.add_argument
-    add("file", type=Path, help="a student or a teacher: any of the above")
+    add("file", type=Path, help="a checkpoint of this project, or a published network")
     add("out", type=export_file, help="the file to write")
     add_teacher_kind(parser)
     return parser.parse_args()
@@ -464,6 +465,11 @@ def main():
     )
     kind = "student" if isinstance(record, StudentRecord) else "teacher"
     export(flags.out, kind, asdict(record), model.state_dict())
+    if kind == "teacher":
+        print(
+            "note: rounding has made it another teacher: its students know the one in "
+            f"{flags.file} only"
+        )
 
 
 if __name__ == "__main__":

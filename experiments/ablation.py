@@ -534,6 +534,8 @@ def main():
     folder = output_folder(flags.out or Path("runs/ablation") / flags.preset)
     runs = Path("runs") / flags.preset
     teacher, record = find_teacher(flags.teacher_file, flags.preset, runs, runtime.device)
+    if record.data.source is None:
+        raise UserError("students are compared with real images, but this teacher has none")
     ablation = Ablation(preset, teacher, record, folder, flags.images, runtime)
     baseline = replace(override_parts(ablation.preset, flags, *PARTS), gan=None)
     rows = factors(baseline, record.model.depth)

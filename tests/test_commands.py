@@ -149,7 +149,7 @@ BAD = [
     ("DISTILL --steps 3", "choose --steps from 1, 2, 4, 8"),
     ("DISTILL --steps 16", "choose --steps from 1, 2, 4, 8"),
     ("DISTILL --accumulate 3 --out GOOD/empty", "a batch of 4 cannot be split evenly"),
-    ("DISTILL --on-policy 0.1", "--on-policy 0.1 of a micro-batch of 4 is less than one sample"),
+    ("DISTILL --on-policy 0.1 --out GOOD/empty", "--on-policy 0.1 of a micro-batch of 4 is less than one sample"),
     ("DISTILL --targets x0", "use --output state, or --targets states"),
     ("DISTILL --history-layers 99", "99 history layers: the network has 6 layers"),
     ("GAN", "other classes than the network's"),

@@ -76,7 +76,8 @@ def test_from_dict_undoes_asdict(name):
     "values, error",
     [
         (asdict(MODEL) | dict(colour="red"), KeyError),  # unknown
-        ({k: v for k, v in asdict(MODEL).items() if k != "width"}, TypeError),  # missing
+        ({k: v for k, v in asdict(MODEL).items() if k != "width"}, KeyError),  # missing
+        ({k: v for k, v in asdict(MODEL).items() if k != "mask"}, KeyError),  # though optional
         (asdict(MODEL) | dict(patch=3), ValueError),  # a contradiction
     ],
 )

@@ -4,6 +4,7 @@ what its teacher does."""
 
 import re
 import sys
+from pathlib import Path
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -275,6 +276,24 @@ def test_a_recorded_pass_computes_the_same(accumulate, path, tmp_path, monkeypat
 
 
 # ---- the program ---------------------------------------------------------------------------------
+
+
+def test_both_students_are_checked_before_one_is_trained(tmp_path, monkeypatch):
+    """student.pt was removed, and no-history.pt is that of another training."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distill, "report", lambda *given: None)
+    write_teacher("teacher.pt")
+    words = "--preset shapes --teacher teacher.pt --count 8 --batch 4 --device cpu --out run"
+    for iterations in ("1", "2"):
+        monkeypatch.setattr(
+            sys, "argv", ["distill.py", *words.split(), "--iterations", iterations]
+        )
+        if iterations == "1":
+            distill.main()
+            Path("run/student.pt").unlink()
+    with pytest.raises(UserError, match="run/no-history.pt holds another training: iterations"):
+        distill.main()
+    assert not Path("run/student.pt").exists()
 
 
 def test_a_teacher_in_the_folder_of_a_run_is_taken_with_its_trajectories(tmp_path, monkeypatch):

@@ -689,6 +689,9 @@ def test_students_of_several_runs(runs):
         find_teacher_of(other, runs / "b", runs / "t/teacher.pt", "cpu")
     public = replace(record, teacher="")
     find_teacher_of(public, runs / "b", runs / "t/teacher.pt", "cpu")
+    smaller = replace(public, model=replace(record.model, image_size=4))
+    with pytest.raises(UserError, match="is not the teacher of"):
+        find_teacher_of(smaller, runs / "b", runs / "t/teacher.pt", "cpu")
     with pytest.raises(UserError, match="was not found"):
         find_teacher_of(public, runs / "b", None, "cpu")
 

@@ -351,8 +351,11 @@ def test_another_training_is_not_continued(tmp_path):
         dict(inputs=3),
         dict(sums="ab"),
         dict(sums=[0.5]),
+        dict(sums=[float("nan")] * 5),
         dict(losses=[(1, 0.5)]),
+        dict(losses=[]),
         dict(optimizer={}),
+        dict(discriminator_optimizer=dict(state={}, param_groups=[])),
     ],
 )
 def test_a_damaged_training_is_not_continued(tmp_path, change):
