@@ -4,10 +4,10 @@ what its teacher does."""
 
 import re
 import sys
-from pathlib import Path
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
