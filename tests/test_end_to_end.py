@@ -1,7 +1,7 @@
 """What newcomers do: one distils from the shipped teacher and samples; another trains a teacher,
-distils and evaluates. Each program is a process of its own, in an empty folder, with one thread, and
-the two work at the same time. Trainings and reports are cut very short; the shipped student shows
-what a full training gives."""
+distils and evaluates. Each program is a process of its own, in an empty folder, with one thread,
+and the two work at the same time. Trainings and reports are cut very short; the shipped student
+shows what a full training gives."""
 
 import json
 import os
