@@ -1,8 +1,8 @@
 """AutoRegressive Distillation: the student's loss and training (CVPR 2025, arXiv 2504.11295).
 
 The teacher's ODE leads from noise x_T to an image in many small steps. The student makes the same
-image in S large steps. *Step distillation* trains it to map each of the teacher's states to the
-next, from that state alone:
+image in S large steps, between S + 1 of the teacher's states. *Step distillation* trains it to map
+each of these states to the next, from that state alone:
 
     x_{τ_s}  →  x_{τ_{s−1}},        s = S, …, 1
 
@@ -12,8 +12,9 @@ student also reads all states before the current one, its history:
 
     x̂_{τ_{s−1}} = G_θ( x_{τ_S}, …, x_{τ_s}, s, y )                                (paper, Sec. 3.2)
 
-(A hat marks what a network has made: x̂_τ is a state of the student, and x̂_0 without a τ is always
-the clean image that a teacher estimates in an Euler step.)
+(A hat marks what a network has made: x̂_τ is a state of the student, and x̂_0 without a τ is the
+clean image that is estimated in an Euler step. In training, the inputs x_τ can be the teacher's;
+when the student samples, they are its own: see sample.py.)
 
 The history begins with the noise x_T, which is never wrong. And x_T determines the whole
 trajectory, since the ODE is deterministic. So a student that has learned to read x_T can correct
@@ -28,14 +29,14 @@ A worked example: S = 4, where the teacher takes 24 Euler steps along the path o
     read in the loss           yes    yes    yes    yes     no     inputs, (b, 4, c, h, w)
     target in the loss          no    yes    yes    yes    yes     targets, (b, 4, c, h, w)
 
-One training pass reads the four states as one sequence, under the causal mask of model.py, and
-computes all four next states at once. The states that it reads are the teacher's. As with language
-models, this is called *teacher forcing*.
+One training pass reads the four states as one sequence, and computes all four next states at once.
+In the history layers, the mask of model.py lets each state see itself and earlier ones only. The
+states that it reads are the teacher's. As with language models, this is called *teacher forcing*.
 
-Three settings remain to be explained. The setting `targets` says what the training sequence
-consists of. Inputs and targets are one sequence, one step apart, so this is both what the student
-reads and what it has to predict. It also decides whether teacher forcing teaches the student to
-read x_T.
+Three settings remain to be explained. The setting `targets` (not to be confused with the tensor of
+targets in the loss) says what the training sequence consists of. Inputs and targets are one
+sequence, one step apart, so this is both what the student reads and what it has to predict. It also
+decides whether teacher forcing teaches the student to read x_T.
 
     targets     "states": the states x_τ of the ODE, as in the figure of the paper. With these,
                 teacher forcing hardly teaches the student to read x_T: each state determines all
@@ -53,13 +54,13 @@ read x_T.
 
 The default preset, `textures`, is there to show what a history is for. It combines the two settings
 that force a student to use its history: clean predictions, and reading its own states only
-(on_policy = 1). The predictions are those after 2, 8, 16 and 24 Euler steps: the first stands so
-close to the noise that it shows little more than the class. The student also has the noise shortcut
-of model.py, which is ours. The *control* (no-history.pt) is trained in exactly the same way, but
-has neither history nor shortcut. The printed tables call it "step distillation", though with
-on_policy = 1 it, too, reads its own states in training. The preset `shapes` has targets "states",
-output "direction" and on_policy 0. This copies the teacher most exactly, and the history matters
-little.
+(on_policy = 1). The predictions are those after 2, 8, 16 and 24 Euler steps: the first is made so
+early that it shows little more than the mean image of the class. The student also has the noise
+shortcut of model.py, which is ours. The *control* (no-history.pt) is trained in exactly the same
+way, but has neither history nor shortcut. The printed tables call it "step distillation", though
+with on_policy = 1 it, too, reads its own states in training. The preset `shapes` has targets
+"states", output "direction" and on_policy 0. This copies the teacher most exactly, and the history
+matters little.
 
 The student needs no guidance, so that each step is a single network evaluation: if the teacher was
 guided, its states already contain the guidance.
@@ -127,7 +128,8 @@ def ard_loss(model, student: Student, trajectory, y, on_policy: float = 0.0):
     """The squared error ‖ x̂_{τ_{s−1}} − x_{τ_{s−1}} ‖², averaged over the S steps (paper, Sec.
     3.2), the samples and the pixels.
 
-    trajectory: (b, S + 1, c, h, w), the teacher's, x_T first; y: (b,). The student reads the first
+    trajectory: (b, S + 1, c, h, w), the teacher's, x_T first, of states or of clean predictions
+    (trajectories.py has chosen); y: (b,). The student reads the first
     S entries and its targets are the last S: the same sequence, one step ahead. For a fraction
     `on_policy` of the samples it reads states that it has made itself.
 
@@ -162,7 +164,9 @@ def make_student(
 ) -> tuple[DiT, StudentRecord]:
     """A student that starts from its teacher's weights, and the record that its checkpoint will
     hold. The ODE, its number of Euler steps and its guidance are those of the trajectories, since a
-    student learns what these contain. Raises UserError for settings that contradict one another."""
+    student learns what these contain. (`settings` are what the user chose; a Student is what
+    sampling needs; a StudentRecord is all that the checkpoint stores.) Raises UserError for
+    settings that contradict one another."""
     config = student_config(teacher_record, settings)
     ode = trajectories.ode
     path = NOISE_PATHS[ode.noise_path]
@@ -311,7 +315,7 @@ def main():
     same_path = teacher_record.ode.noise_path == unchanged.ode.noise_path
     if settings.steps != unchanged.student.steps or not same_path:
         settings = replace(settings, timesteps=None)
-    student_config(teacher_record, settings)  # raises before the long work begins
+    student_config(teacher_record, settings)  # raises, before trajectories are made
     home = out if (out / "teacher.pt").exists() else runs
     trajectories = open_trajectories(
         teacher,
@@ -327,7 +331,7 @@ def main():
     made = {}
     for file, chosen in students.items():
         made[file] = make_student(teacher, teacher_record, chosen, trajectories, training)
-        load_training(out / file, "student", made[file][1])  # raises before the long work begins
+        load_training(out / file, "student", made[file][1])  # raises where it is another training
     trained, losses = {}, {}
     for file, (model, record) in made.items():
         name = "ARD" if record.reads_history else "step distillation"

@@ -88,8 +88,8 @@ def history_mask(mask: str, states: int, tokens: int) -> torch.Tensor:
 
 
 def visible_keys(kv: torch.Tensor, i: int, n: int, mask: str) -> torch.Tensor:
-    """What the mask does, by slicing. kv: keys, values, or both, of at least the states 0 … i, each
-    of n tokens, (…, s·n, d). Returns those that state i may read."""
+    """What the mask does, by slicing. kv: keys or values, or both, stacked, (…, s·n, d), of s > i
+    states with n tokens each. Returns the part that state i may read."""
     own = kv[..., i * n : (i + 1) * n, :]
     if mask == "none" or i == 0:
         return own
@@ -282,8 +282,9 @@ class TimestepEmbedder(nn.Module):
 
 
 def sincos_positions(grid_size: int, width: int, scale: float = 1.0) -> torch.Tensor:
-    """Fixed 2-D positions, (1, grid_size², width), divided by `scale`. Half of the features are for
-    the column and half for the row; of each half, sines come first."""
+    """Fixed 2-D positions, (1, grid_size², width), divided by `scale` (PixArt-α's, for large
+    images). Half of the features are for the column and half for the row; of each half, sines come
+    first."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     positions = torch.arange(grid_size, dtype=torch.float64) / scale
     angles = positions[:, None] * omega
@@ -395,8 +396,8 @@ class DiT(nn.Module):
 
     def add_noise_shortcut(self, tokens, cache: KVCache | None):
         """Ours, not the paper's: a linear map of x_T's tokens is added to the tokens at the same
-        places in every later state. The attention of a small network takes long to learn to look
-        there (docs/results.md)."""
+        places in every later state. By attention alone, a small network takes long to learn to look
+        at x_T in the same place (docs/results.md)."""
         if cache is not None and cache.states_read > 0:
             return tokens + cache.shortcut
         shortcut = self.noise_shortcut(tokens[:, :1])                       # (b, 1, n, width)
@@ -471,9 +472,9 @@ class DiT(nn.Module):
     def compile_layers(self):
         """Use torch.compile. The layers are compiled one by one. All layers run the same code, so
         they share their compiled graphs. There is a graph for each shape (`dynamic=False`):
-        sampling needs one for each step, and a last, smaller batch needs others. PyTorch does not
-        look for weights in a plain list such as `compiled_blocks`, so that their names stay as they
-        are."""
+        sampling needs one for each step, and a last, smaller batch needs others. `compiled_blocks`
+        is a plain list, in which PyTorch does not look for weights: so the names of the weights do
+        not change."""
         torch._dynamo.reset()  # forget the graphs of earlier models
         torch._dynamo.config.cache_size_limit = 64  # graphs; beyond it, layers run uncompiled
         self.compiled_blocks = [torch.compile(block, dynamic=False) for block in self.blocks]

@@ -11,8 +11,8 @@ the shapes below, s is a number of states.)
 
 The keys and values of earlier states are cached, so that each step costs one pass over one state.
 The student needs no guidance: where its teacher was guided, the states that it has learned to make
-contain the guidance. So an image takes S network evaluations. The teacher's 24 Euler steps take 24,
-or 48 with guidance.
+contain the guidance. So an image takes S network evaluations. A teacher of 24 Euler steps takes 24,
+or 48 with guidance, which needs two for each step.
 
 In the code, `model` is the student's network, and `student` (config.Student) describes its S steps:
 their times, the timesteps that the network is given, and what its output means.
@@ -63,9 +63,10 @@ SHEET = 100  # images in grid.png, or fewer
 
 
 def student_times(student: Student) -> torch.Tensor:
-    """The times of x_T and of the student's S targets on the noise path, (S + 1,). If the targets
-    are the states after 6, 12, 18 and 24 of 24 Euler steps with flow matching: 1, 3/4, 1/2, 1/4 and
-    0."""
+    """The times on the noise path of x_T and of the S states that are a student's targets,
+    (S + 1,). (With targets "x0", clean predictions stand in the places of these states.)
+    student.target_steps are the numbers of the teacher's Euler steps after which they stand: with
+    6, 12, 18 and 24 of 24 and flow matching, the times are 1, 3/4, 1/2, 1/4 and 0."""
     path = NOISE_PATHS[student.ode.noise_path]
     return path.times(student.ode.euler_steps)[[0, *student.target_steps]]
 
@@ -87,9 +88,10 @@ def next_state(student: Student, output, x, t, t_next):
         "direction"     The output is what a teacher would predict, v or ε, and the next state is
                         the Euler step from t to t_next with it (ours). So at the start of its
                         training, a student without history equals its teacher without guidance, in
-                        S Euler steps between the same times. A direction needs student.targets =
-                        "states" (see distill.py): an Euler step at time t starts from a state with
-                        the noise of time t, and a clean prediction contains no noise.
+                        S Euler steps between the same times. It is allowed only where the student
+                        reads states of the ODE (student.targets = "states"). With "x0" it reads
+                        clean images instead (see distill.py), and an Euler step needs the noise
+                        that a state contains.
     """
     if student.output == "state":
         return output
@@ -111,9 +113,10 @@ def few_step(model, student: Student, x_T, y, steps: int | None = None):
 
 
 def predict_all(model, student: Student, states, y):
-    """The student's next state for each of the s ≤ S states that it reads, (b, s, c, h, w), x_T
-    first: all in one pass. This is how it is trained. Given the first S states that `few_step`
-    returns, it returns the last S, up to rounding."""
+    """All steps of a student in one pass, which is how it is trained. states: the s ≤ S states that
+    it reads, (b, s, c, h, w), x_T first. Returns the next state after each of them, in the same
+    shape. Given the first S states that `few_step` returns, it returns the last S, up to
+    rounding."""
     s = states.shape[1]
     times, timesteps = times_on(states.device, student)                     # (S + 1,), (S,)
     output = model(states, timesteps[:s], y).float()                        # (b, s, c, h, w)
@@ -124,7 +127,8 @@ def implied_x0(ode: ODE, states, times):
     """The clean image at which each step of a trajectory aimed, (b, s, c, h, w), from s + 1 states
     and their times. An Euler step keeps x̂_0 and ε̂, so that x = α·x̂_0 + σ·ε̂ before it and
     x_next = α_next·x̂_0 + σ_next·ε̂ after it; these are solved for x̂_0. It shows how details
-    appear step by step, where the states themselves are noisy."""
+    appear step by step, where the states themselves are noisy. (Where a student puts out states, it
+    is the x̂_0 of the Euler step that would make the same move.)"""
     alpha, sigma = mixing_weights(ode, times, states.device)                # (s + 1, 1, 1, 1)
     alpha_next, sigma_next = alpha[1:], sigma[1:]
     alpha, sigma = alpha[:-1], sigma[:-1]
@@ -325,7 +329,7 @@ def main():
     if rank() > 0:
         return
     images = rearrange(torch.from_numpy(np.stack(sheet)), "b h w c -> b c h w") / 127.5 - 1
-    file, prompts = out / "grid.png", flags.prompt or [""]
+    file, prompts = out / "grid.png", flags.prompt or [""]  # without prompts: one group of images
     each = len(images) // len(prompts)  # the same number for each prompt: the rest is not shown
     images = images[: each * len(prompts)]
     if len(prompts) > 1:

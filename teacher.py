@@ -5,8 +5,9 @@ A *noise path* mixes an image x_0 with Gaussian noise ε,
     x_t = α(t)·x_0 + σ(t)·ε                                                          (noise path)
 
 from the image itself (α = 1, σ = 0) to noise x_T, pure or almost so. A network is given x_t, a
-class label and t, and estimates the image and the noise that were mixed, (x̂_0, ε̂), such that
-x_t = α(t)·x̂_0 + σ(t)·ε̂. Its estimates define the *probability-flow ODE*
+class label and t. Its output, v or ε, implies an estimate of the image and the noise that were
+mixed, (x̂_0, ε̂), such that x_t = α(t)·x̂_0 + σ(t)·ε̂ (see `estimate`). These estimates define the
+*probability-flow ODE*
 
     dx/dt = dα/dt · x̂_0(x, t) + dσ/dt · ε̂(x, t)                                             (ODE)
 
@@ -18,8 +19,8 @@ keeps the estimates of time t and moves along the noise path:
 Why is it an Euler step? Where α > 0, divide by α, and write z = x/α and r = σ/α. Then the noise
 path is z = x̂_0 + r·ε̂, the ODE is dz/dr = ε̂, and the step is z_next = z + (r_next − r)·ε̂, which
 is Euler's method in r. This one formula serves every teacher, since only α and σ differ. For flow
-matching it equals x + (t_next − t)·v with the velocity v = ε̂ − x̂_0. For DDPM it *is* the DDIM
-step.
+matching it equals x + (t_next − t)·v with the velocity v = ε̂ − x̂_0, also at t = 1, where α = 0.
+For DDPM it *is* the DDIM step (arXiv 2010.02502).
 
 Two words to keep apart: a *time* t is a place on the noise path; a *timestep* is the number that
 stands for t in the network's input. For flow matching, t runs from 1 to 0 and the timestep is
@@ -83,8 +84,8 @@ class FlowMatching:
 
 class DDPM:
     """1000 steps with a linear β from 1e-4 to 0.02 (arXiv 2006.11239), as in the public DiT:
-    α = √ᾱ, σ = √(1 − ᾱ). Times are the integers 0 … 999, and timesteps are the same numbers. The
-    image itself has the time −1, where ᾱ = 1."""
+    α = √ᾱ, σ = √(1 − ᾱ). Times are the integers 0 … 999, and timesteps are the same numbers. A
+    state at time 0 has a little noise; the image itself, x_0, has the time −1, where ᾱ = 1."""
 
     t_noise, t_image = 999, -1
 
@@ -308,9 +309,9 @@ def train_teacher(preset: Preset, file: Path, runtime: Runtime):
 
 
 def draw_samples(model, record: TeacherRecord, file: Path, runtime: Runtime):
-    """Write a sheet of 80 of the teacher's images. They show ten classes in turn (fewer if there
-    are fewer); of more than 80 classes, they show 80. Nothing is written for latents and points,
-    which are not pictures."""
+    """Write a sheet of 80 of the teacher's images. With up to 80 classes they show ten of them in
+    turn, or all, if there are fewer; with more, one image each of 80 classes. Nothing is written
+    for latents and points, which are not pictures."""
     if record.model.channels not in (1, 3):
         return
     count, classes = 80, record.model.classes
