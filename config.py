@@ -1,17 +1,17 @@
 """Everything that can be configured, as frozen dataclasses, and the presets, which are instances
 of them.
 
-A function takes the one configuration that it needs:
+A function takes the configuration that it needs:
 
     ModelConfig       the arguments of the network                      DiT(config)
     ODE               the teacher's ODE and how it is solved            solve(model, ode, x_T, y)
     Student           what a student's steps are                        few_step(model, student, …)
-    Training          how a network is trained                          train(…, record, runtime)
+    Training          how a network is trained                          learning_rate(i, training)
 
 The others say what a user chooses (`DataConfig`, `StudentSettings`, `TrajectorySettings`, `GAN`)
 or what a checkpoint holds beside its weights (`TeacherRecord`, `StudentRecord`,
 `ClassifierRecord`). A checkpoint stores them with `dataclasses.asdict`; `from_dict` reads them
-back.
+back. These are the presets:
 
     textures       16×16 textures: the default. Minutes on a CPU; shows what the history is for
     shapes         16×16 procedural shapes: the preset that copies its teacher best

@@ -464,8 +464,10 @@ def main():
         flags.file, "student", "teacher", teacher_kind=flags.teacher_kind
     )
     kind = "student" if isinstance(record, StudentRecord) else "teacher"
-    export(flags.out, kind, asdict(record), model.state_dict())
-    if kind == "teacher":
+    weights = model.state_dict()
+    export(flags.out, kind, asdict(record), weights)
+    is_rounded = any(not weight.half().float().equal(weight) for weight in weights.values())
+    if kind == "teacher" and is_rounded:
         print(
             "note: rounding has made it another teacher: its students know the one in "
             f"{flags.file} only"

@@ -395,7 +395,7 @@ def run(monkeypatch, *words):
     pretrained.main()
 
 
-def test_a_network_alone_is_written(tmp_path, monkeypatch):
+def test_a_network_alone_is_written(tmp_path, monkeypatch, capsys):
     """Of a training's checkpoint, its EMA; of a published file, a checkpoint of this project."""
     write_student(tmp_path / "student.pt")
     torch.save(dict(ema=public_weights(outputs=4), opt={}), tmp_path / "sit.pt")
@@ -408,6 +408,9 @@ def test_a_network_alone_is_written(tmp_path, monkeypatch):
         assert found_record == record
         weights = {key: value.half() for key, value in model.state_dict().items()}
         assert_weights(found, weights)
+    assert "rounding has made it another teacher" in capsys.readouterr().out
+    run(monkeypatch, tmp_path / "small-sit.pt", tmp_path / "again.pt")  # nothing left to round
+    assert "another teacher" not in capsys.readouterr().out
     before = (tmp_path / "student.pt").read_bytes()
     for file, says in (("student.pt", "is there already: export to another"), ("", "is a folder")):
         with pytest.raises(UserError, match=says):
